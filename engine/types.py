@@ -1,0 +1,163 @@
+"""Value types that travel through the engine, and its errors.
+
+Conventions, everywhere: images are float32 ``[B, H, W, C]`` in 0..1 with C = 3 or 4, masks are float32 ``[B, H, W]``
+in 0..1 where 1 (white) means "repaint this".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from torch import Tensor
+
+MAX_SEED = 2**64 - 1
+
+
+class MendError(Exception):
+    """A message for the person at the graph: what came, what was expected, what to do. One sentence."""
+
+
+class InputError(MendError, ValueError):
+    """An image, mask, prompt or number that cannot be used."""
+
+
+class ModelFileError(MendError):
+    """A model file or folder that cannot be used; the message names it."""
+
+
+class MissingPackageError(MendError, ImportError):
+    """An optional package is not installed; the message names it and the option that needs it."""
+
+
+class Size(NamedTuple):
+    """Width and height in pixels."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+class Box(NamedTuple):
+    """A rectangle of whole pixels: ``left`` and ``top`` are inside it, ``right`` and ``bottom`` are not."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    @property
+    def size(self) -> Size:
+        return Size(self.width, self.height)
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.top, self.bottom)
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.left, self.right)
+
+
+class Crop(str, Enum):
+    """What part of the picture the model sees."""
+
+    AUTO = "auto"
+    """The surroundings of the mask, at the model's native size."""
+    OFF = "off"
+    """The whole picture at its own size."""
+
+
+class Compat(str, Enum):
+    """Whose arithmetic the run follows."""
+
+    OFF = "off"
+    """Ours: exact paste-back, thin strokes kept, solver warm-up restarted."""
+    DIFFUSERS = "diffusers"
+    """StableDiffusionInpaintPipeline, to rounding."""
+
+
+class Sigmas(str, Enum):
+    """How the noise levels are spaced."""
+
+    DEFAULT = "default"
+    KARRAS = "karras"
+    EXPONENTIAL = "exponential"
+    BETA = "beta"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InpaintRequest:
+    """Everything that decides a picture, from any front door; raises InputError for what is out of range.
+
+    ``width`` and ``height`` of 0 keep the image's own size (with ``Compat.DIFFUSERS``: the model's, as its pipeline
+    does). The input image ``b`` repeated ``count`` times gives result ``b * count + n``, made with ``seed + b * count
+    + n`` (modulo 2**64), so that each picture can be made again alone.
+    """
+
+    image: Tensor
+    """[B, H, W, 3 or 4], 0..1."""
+    mask: Tensor
+    """[B or 1, H, W], 0..1; 1 = repaint."""
+    prompt: str = ""
+    negative_prompt: str = ""
+    scheduler: str = "DPMSolverMultistep"
+    """A key of ``schedulers.SCHEDULERS``."""
+    sigmas: Sigmas = Sigmas.DEFAULT
+    steps: int = 25
+    """1..500."""
+    guidance_scale: float = 7.5
+    """0..50; at 1 or below only the prompt's branch runs."""
+    strength: float = 1.0
+    """0..1: the share of the steps that run; 1 starts from pure noise, 0 gives the input back."""
+    seed: int = 0
+    """0..2**64-1."""
+    count: int = 1
+    """1..64 pictures for each input image."""
+    width: int = 0
+    height: int = 0
+    crop: Crop = Crop.AUTO
+    compat: Compat = Compat.OFF
+
+    def __post_init__(self) -> None:
+        _check_range("steps", self.steps, 1, 500)
+        _check_range("guidance_scale", self.guidance_scale, 0, 50)
+        _check_range("strength", self.strength, 0, 1)
+        _check_range("seed", self.seed, 0, MAX_SEED)
+        _check_range("count", self.count, 1, 64)
+        for name, value in (("width", self.width), ("height", self.height)):
+            if value != 0:
+                _check_range(name, value, 16, 16384, "or 0 for the image's own size")
+
+
+def _check_range(name: str, value: float, low: float, high: float, note: str = "") -> None:
+    # written so that NaN fails too
+    if not low <= value <= high:
+        raise InputError(f"{name} is {value}; give a value from {low} to {high}{' ' + note if note else ''}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InpaintResult:
+    """What came out of one request."""
+
+    images: Tensor
+    """[B * count, H, W, C], 0..1; C as in the input."""
+    mask: Tensor
+    """[B, H, W]: the stitch mask that was used, at the size of the result; where it is 0 the input is untouched."""
+    seeds: tuple[int, ...]
+    """The seed of each image."""
+    notices: tuple[str, ...] = ()
+    """Sentences the user should see, e.g. that the mask was empty."""
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase."""

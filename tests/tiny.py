@@ -1,0 +1,86 @@
+"""Tiny random models of the real architectures, made in seconds: they show arithmetic, never picture quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from conftest import ROOT
+
+TOKENIZER = ROOT / "engine" / "models" / "configs" / "tokenizer"
+
+# scheduler_config.json of the Stable Diffusion 1.5 inpainting checkpoint
+SD15_SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+
+
+def tiny_pipeline(in_channels=9, prediction_type="epsilon", sample_size=16, seed=0, width=32):
+    """A random StableDiffusionInpaintPipeline: 8x downscale, native size 8 * sample_size pixels, 3-layer CLIP."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=sample_size,
+        in_channels=in_channels,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=width,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=[16, 16, 32, 32],
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        norm_num_groups=8,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        sample_size=8 * sample_size,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            bos_token_id=49406,
+            eos_token_id=49407,
+            pad_token_id=1,
+            hidden_size=width,
+            intermediate_size=37,
+            num_attention_heads=4,
+            num_hidden_layers=3,
+            vocab_size=49408,
+            projection_dim=width,
+        )
+    )
+    tokenizer = CLIPTokenizer(
+        str(TOKENIZER / "vocab.json"), str(TOKENIZER / "merges.txt"), model_max_length=77, pad_token="<|endoftext|>"
+    )
+    pipeline = StableDiffusionInpaintPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=PNDMScheduler.from_config({**SD15_SCHEDULER, "prediction_type": prediction_type}),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save_tiny_model(folder: Path, **options) -> Path:
+    """The same as a diffusers folder on disk, as a user would have it."""
+    tiny_pipeline(**options).save_pretrained(folder, safe_serialization=True)
+    return folder
