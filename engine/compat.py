@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from .models.protocol import Conditioning, InpaintModel, PromptSyntax
-from .sampling import Canvas, denoise
+from .sampling import Canvas, Stopwatch, decode_pixels, denoise, encode_guidance, make_schedule
 from .types import InpaintRequest, InpaintResult, InputError, Size
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host, seeds: tup
     ``crop`` does not apply. Pictures come out at ``width`` x ``height``, by default the model's native square; alpha
     is dropped.
     """
-    from .inpaint import Stopwatch, decode_pixels, encode_guidance, make_schedule
-
     size = target_size(request, model)
     clock = Stopwatch()
     with clock.phase("prompt"):
@@ -60,15 +58,15 @@ def target_size(request: InpaintRequest, model: InpaintModel) -> Size:
     size = Size(request.width or native, request.height or native)
     if size.width % cell or size.height % cell:
         raise InputError(
-            f"The size is {size}, but compat=diffusers needs multiples of {cell}; change width and height, or set compat"
-            " to off, which takes any size."
+            f"The size is {size}, but compat=diffusers needs multiples of {cell}; change width and height, or set"
+            " compat to off, which takes any size."
         )
     return size
 
 
 def preprocess_image(image: Tensor, size: Size) -> Tensor:
     """[H, W, 3] in 0..1 -> [1, 3, height, width] in -1..1 through an 8-bit PIL image and its LANCZOS filter."""
-    picture = Image.fromarray(_as_bytes(image), mode=None).resize(size, Image.Resampling.LANCZOS)
+    picture = Image.fromarray(_as_bytes(image)).resize(size, Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(picture, dtype=np.float32) / 255)
     return pixels.permute(2, 0, 1)[None] * 2 - 1
 

@@ -7,7 +7,7 @@ accepted: see ``as_images`` and ``as_masks``.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from .types import InputError, Size
@@ -34,7 +34,8 @@ def as_images(image: Tensor) -> Tensor:
         image = image[None]
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4):
         raise InputError(
-            f"The image has shape {shape}; connect an IMAGE of [batch, height, width, channels] with 1, 3 or 4 channels."
+            f"The image has shape {shape}; connect an IMAGE of [batch, height, width, channels] with 1, 3 or 4"
+            " channels."
         )
     if image.numel() == 0:
         raise InputError(f"The image is empty ({shape}); connect one with at least one pixel.")
@@ -102,8 +103,8 @@ def _fit_mask(mask: Tensor, size: Size) -> Tensor:
     came = size_of(mask)
     if came == PLACEHOLDER and not mask.any():
         raise InputError(
-            "No mask is painted: Load Image gives an empty 64x64 mask for a picture without transparency, so right-click"
-            " the picture, open the Mask Editor and paint what to change."
+            "No mask is painted: Load Image gives an empty 64x64 mask for a picture without transparency, so"
+            " right-click the picture, open the Mask Editor and paint what to change."
         )
     if abs(came.width * size.height / (came.height * size.width) - 1) > ASPECT_TOLERANCE:
         raise InputError(

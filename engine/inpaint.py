@@ -6,11 +6,8 @@ that every pixel whose mask is 0 leaves as it came, bit for bit.
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,10 +17,10 @@ from .blend import match_ring, paste
 from .crop import CropPlan
 from .host import Host
 from .masks import bounding_box, to_latent_grid
-from .models.protocol import Conditioning, Guidance, InpaintModel, PromptSyntax
-from .sampling import Canvas, denoise
-from .schedulers import Schedule, plan
-from .types import MAX_SEED, Compat, Crop, InpaintRequest, InpaintResult, MendError, Size
+from .models.protocol import Conditioning, InpaintModel, PromptSyntax
+from .sampling import Canvas, Stopwatch, decode_pixels, denoise, encode_guidance, make_schedule
+from .schedulers import Schedule
+from .types import MAX_SEED, Compat, Crop, InpaintRequest, InpaintResult, Size
 
 MASK_FLOOR = 4 / 255
 """Mask values below it count as 0: JPEG noise must not move the crop or touch the picture."""
@@ -42,19 +39,6 @@ class Job:
     def generator(self) -> torch.Generator:
         """Noise comes from the CPU, so that a seed means the same picture on every machine."""
         return torch.Generator("cpu").manual_seed(self.seed)
-
-
-@dataclass
-class Stopwatch:
-    """Seconds by phase."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
 
 
 @torch.inference_mode()
@@ -96,9 +80,7 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host) -> Inpaint
         done += schedule.evaluations
     untouched = request.image.shape[0] - len({job.source for job in jobs})
     notices = (f"{untouched} of the masks are empty: their pictures are returned as they came.",) if untouched else ()
-    return InpaintResult(
-        images=results, mask=request.mask, seeds=seeds, notices=notices, timings=dict(clock.seconds)
-    )
+    return InpaintResult(images=results, mask=request.mask, seeds=seeds, notices=notices, timings=dict(clock.seconds))
 
 
 def normalise(request: InpaintRequest) -> InpaintRequest:
@@ -143,26 +125,6 @@ def by_canvas(jobs: list[Job]) -> list[list[Job]]:
     return list(groups.values())
 
 
-def make_schedule(request: InpaintRequest, model: InpaintModel) -> Schedule:
-    return plan(
-        request.scheduler,
-        model.facts.scheduler_config,
-        request.steps,
-        request.strength,
-        sigmas=request.sigmas,
-        compat=request.compat,
-    )
-
-
-def encode_guidance(request: InpaintRequest, model: InpaintModel, syntax: PromptSyntax) -> Guidance:
-    """Prompt embeddings; the negative branch only where it counts."""
-    if request.guidance_scale <= 1:
-        (positive,) = model.encode_prompt([request.prompt], syntax)
-        return Guidance(positive, None, 1.0)
-    negative, positive = model.encode_prompt([request.negative_prompt, request.prompt], syntax)
-    return Guidance(positive, negative, request.guidance_scale)
-
-
 def prepare_canvas(
     request: InpaintRequest,
     model: InpaintModel,
@@ -195,17 +157,6 @@ def prepare_canvas(
 def _latents(model: InpaintModel, pixels: Tensor) -> Tensor:
     """Latents are small: the loop's arithmetic runs on the CPU in float32, only the network on its own device."""
     return model.encode_image(pixels).mean.float().cpu()
-
-
-def decode_pixels(model: InpaintModel, latents: Tensor) -> Tensor:
-    """Latents [N, C, h, w] -> images [N, H, W, 3] in 0..1. Raises MendError where the network overflowed."""
-    pixels = model.decode(latents)
-    if not torch.isfinite(pixels).all():
-        raise MendError(
-            f"{model.facts.name} produced invalid numbers (NaN); load it with precision fp32 or bf16, or lower the"
-            " guidance scale."
-        )
-    return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
 def paste_job(request: InpaintRequest, job: Job, canvas: Tensor, results: Tensor) -> None:

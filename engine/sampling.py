@@ -1,16 +1,20 @@
-"""The denoising loop: one canvas, one schedule, one model."""
+"""The denoising loop - one canvas, one schedule, one model - and what surrounds it in every run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .host import Progress
-from .models.protocol import Conditioning, Guidance, InpaintModel
-from .schedulers import Schedule
+from .models.protocol import Conditioning, Guidance, InpaintModel, PromptSyntax
+from .schedulers import Schedule, plan
+from .types import InpaintRequest, MendError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,39 @@ class Canvas:
 
     def expand(self, planes: Tensor) -> Tensor:
         return planes.expand(len(self.noise), -1, -1, -1)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by phase."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+
+def make_schedule(request: InpaintRequest, model: InpaintModel) -> Schedule:
+    return plan(
+        request.scheduler,
+        model.facts.scheduler_config,
+        request.steps,
+        request.strength,
+        sigmas=request.sigmas,
+        compat=request.compat,
+    )
+
+
+def encode_guidance(request: InpaintRequest, model: InpaintModel, syntax: PromptSyntax) -> Guidance:
+    """Prompt embeddings; the negative branch only where it counts."""
+    if request.guidance_scale <= 1:
+        (positive,) = model.encode_prompt([request.prompt], syntax)
+        return Guidance(positive, None, 1.0)
+    negative, positive = model.encode_prompt([request.negative_prompt, request.prompt], syntax)
+    return Guidance(positive, negative, request.guidance_scale)
 
 
 def denoise(
@@ -49,9 +86,9 @@ def denoise(
     latents = schedule.start(canvas.noise, None if canvas.image is None else canvas.expand(canvas.image))
     for index in range(schedule.evaluations):
         scaled = schedule.scale(latents, index)
-        output = model.predict(
-            _network_input(scaled, canvas, conditioning), schedule.timesteps[index], guidance
-        ).to(latents)
+        output = model.predict(_network_input(scaled, canvas, conditioning), schedule.timesteps[index], guidance).to(
+            latents
+        )
         preview = schedule.denoised(scaled, output, index)
         latents = schedule.step(output, index, latents, noise_generators)
         if conditioning is Conditioning.REPLACE:
@@ -67,3 +104,14 @@ def _network_input(scaled: Tensor, canvas: Canvas, conditioning: Conditioning) -
         return scaled
     assert canvas.masked_image is not None
     return torch.cat([scaled, canvas.expand(canvas.mask), canvas.expand(canvas.masked_image)], dim=1)
+
+
+def decode_pixels(model: InpaintModel, latents: Tensor) -> Tensor:
+    """Latents [N, C, h, w] -> images [N, H, W, 3] in 0..1. Raises MendError where the network overflowed."""
+    pixels = model.decode(latents)
+    if not torch.isfinite(pixels).all():
+        raise MendError(
+            f"{model.facts.name} produced invalid numbers (NaN); load it with precision fp32 or bf16, or lower the"
+            " guidance scale."
+        )
+    return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)

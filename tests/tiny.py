@@ -84,3 +84,37 @@ def save_tiny_model(folder: Path, **options) -> Path:
     """The same as a diffusers folder on disk, as a user would have it."""
     tiny_pipeline(**options).save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def engine_model(pipeline, host=None, name="tiny"):
+    """The pipeline's own modules behind the engine's InpaintModel protocol."""
+    from comfyui_mend.engine.host import LocalHost, Role
+    from comfyui_mend.engine.models.diffusers_model import DiffusersModel
+    from comfyui_mend.engine.models.protocol import Conditioning, ModelFacts
+
+    host = host or LocalHost(torch.device("cpu"))
+    config = pipeline.unet.config
+    return DiffusersModel(
+        ModelFacts(
+            name=name,
+            conditioning=Conditioning.CONCAT if config.in_channels == 9 else Conditioning.REPLACE,
+            native_size=config.sample_size * 8,
+            scheduler_config=dict(pipeline.scheduler.config),
+        ),
+        tokenizer=pipeline.tokenizer,
+        text_encoder=host.manage(pipeline.text_encoder, Role.TEXT_ENCODER),
+        denoiser=host.manage(pipeline.unet, Role.DENOISER),
+        vae=host.manage(pipeline.vae, Role.VAE),
+        find_embedding=lambda name: None,
+        host=host,
+    )
+
+
+def photo_and_mask(width=200, height=160, seed=0):
+    """A noisy gradient [1, H, W, 3] of whole 8-bit values and an ellipse [1, H, W]."""
+    generator = torch.Generator().manual_seed(seed)
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    image = torch.stack([x, y, (x + y) / 2], dim=-1) + torch.randn(height, width, 3, generator=generator) * 0.05
+    image = (image.clamp(0, 1) * 255).round() / 255
+    mask = (((x - 0.45) / 0.15) ** 2 + ((y - 0.47) / 0.17) ** 2 <= 1).float()
+    return image[None], mask[None]

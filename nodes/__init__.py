@@ -1,0 +1,14 @@
+"""ComfyUI's side: V3 nodes, each a schema, a conversion and one call into the engine."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import fill, inpaint, load, mask, outpaint, safety
+
+
+class MendExtension(ComfyExtension):
+    """What ComfyUI registers."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [*load.NODES, *mask.NODES, *outpaint.NODES, *fill.NODES, *inpaint.NODES, *safety.NODES]

@@ -1,0 +1,195 @@
+"""MendInpaint: the sampler."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..engine.inpaint import inpaint
+from ..engine.schedulers import SCHEDULERS
+from ..engine.types import MAX_SEED, Compat, Crop, InpaintRequest, Sigmas
+from .comfy_host import MendModel
+from .convert import ModelType
+
+log = logging.getLogger("mend")
+
+
+class MendInpaint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendInpaint",
+            display_name="Inpaint (Mend)",
+            category="Mend",
+            description=(
+                "Repaints what the mask marks and returns every other pixel exactly as it came. Works at any picture"
+                " size: the mask's surroundings are cropped to the size the model was trained on, painted, matched in"
+                " colour and pasted back."
+            ),
+            search_aliases=["inpaint", "inpainting", "sampler", "stable diffusion", "repaint", "edit", "fill", "erase"],
+            inputs=[
+                ModelType.Input("model", tooltip="From Load Model (Mend)."),
+                io.Image.Input("image", tooltip="The picture, or a batch of pictures; any size."),
+                io.Mask.Input(
+                    "mask",
+                    tooltip=(
+                        "White (1) is repainted, black (0) is returned untouched, grey mixes. One mask for all"
+                        " pictures, or one for each."
+                    ),
+                ),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What the masked area should show. (word:1.2) gives emphasis; embedding:name works too.",
+                ),
+                io.String.Input(
+                    "negative_prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What it should not show. Unused when guidance_scale is 1 or less.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=list(SCHEDULERS),
+                    default="DPMSolverMultistep",
+                    tooltip="The solver that takes the picture from noise to clean.",
+                ),
+                io.Int.Input("steps", default=25, min=1, max=500, tooltip="Denoising steps; 20 to 30 suit most."),
+                io.Float.Input(
+                    "guidance_scale",
+                    default=7.5,
+                    min=0.0,
+                    max=50.0,
+                    step=0.1,
+                    tooltip="How strictly the prompt is followed. At 1 or less it runs twice as fast, unguided.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1 replaces the masked area; lower keeps more of what was there; 0 returns the input.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="The same seed makes the same picture. Picture i of a run uses seed + i.",
+                ),
+                io.Int.Input("count", default=1, min=1, max=64, tooltip="Pictures to make from each input picture."),
+                io.Int.Input(
+                    "width",
+                    default=0,
+                    min=0,
+                    max=16384,
+                    tooltip="Width of the result; 0 keeps the picture's own.",
+                    advanced=True,
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=16384,
+                    tooltip="Height of the result; 0 keeps the picture's own.",
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "crop",
+                    options=[option.value for option in Crop],
+                    default=Crop.AUTO.value,
+                    tooltip=(
+                        "auto: the model sees the mask's surroundings at its native size, which is fast and detailed."
+                        " off: it sees the whole picture at its own size."
+                    ),
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "compat",
+                    options=[option.value for option in Compat],
+                    default=Compat.OFF.value,
+                    tooltip=(
+                        "diffusers: compute exactly what StableDiffusionInpaintPipeline would (resized to the model's"
+                        " size, nothing pasted back, prompts literal and cut at 77 tokens), to reproduce its pictures."
+                    ),
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "sigmas",
+                    options=[option.value for option in Sigmas],
+                    default=Sigmas.DEFAULT.value,
+                    optional=True,
+                    tooltip="Spacing of the noise levels, for schedulers that have a choice.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[
+                io.Image.Output("images", tooltip="The finished pictures."),
+                io.Mask.Output("mask", display_name="mask used", tooltip="Where it is 0 the picture is untouched."),
+                io.Int.Output("seed", tooltip="The first picture's seed."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, width: int | None = 0, height: int | None = 0, compat: str | None = "off") -> bool | str:
+        if compat is not None and compat not in [option.value for option in Compat]:
+            return f"compat is {compat!r}; choose one of {', '.join(option.value for option in Compat)}."
+        for name, value in (("width", width), ("height", height)):
+            if value and value < 16:
+                return f"{name} is {value}; give at least 16, or 0 for the picture's own."
+            if value and compat == Compat.DIFFUSERS.value and value % 8:
+                return f"{name} is {value}; compat=diffusers needs a multiple of 8, so set {value // 8 * 8}."
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        model: MendModel,
+        image: Any,
+        mask: Any,
+        prompt: str,
+        negative_prompt: str,
+        scheduler: str,
+        steps: int,
+        guidance_scale: float,
+        strength: float,
+        seed: int,
+        count: int,
+        width: int,
+        height: int,
+        crop: str,
+        compat: str,
+        sigmas: str = Sigmas.DEFAULT.value,
+    ) -> io.NodeOutput:
+        request = InpaintRequest(
+            image=image,
+            mask=mask,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            scheduler=scheduler,
+            sigmas=Sigmas(sigmas),
+            steps=steps,
+            guidance_scale=guidance_scale,
+            strength=strength,
+            seed=seed,
+            count=count,
+            width=width,
+            height=height,
+            crop=Crop(crop),
+            compat=Compat(compat),
+        )
+        result = inpaint(request, model.model, model.host)
+        for notice in result.notices:
+            log.warning("Mend: %s", notice)
+        notices = ui.PreviewText("\n".join(result.notices)) if result.notices else None
+        return io.NodeOutput(result.images, result.mask, result.seeds[0], ui=notices)
+
+
+NODES = [MendInpaint]

@@ -1,0 +1,427 @@
+"""The main path on a tiny random model: what the mask does not mark comes back bit for bit, whatever else happens."""
+
+import pytest
+import torch
+from comfyui_mend.engine.host import LocalHost
+from comfyui_mend.engine.inpaint import inpaint
+from comfyui_mend.engine.models.protocol import Conditioning
+from comfyui_mend.engine.schedulers import SCHEDULERS
+from comfyui_mend.engine.types import MAX_SEED, Compat, Crop, InpaintRequest, InputError, MendError
+from tiny import engine_model, photo_and_mask, tiny_pipeline
+
+HOST = LocalHost(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def nine():
+    return engine_model(tiny_pipeline(in_channels=9))
+
+
+@pytest.fixture(scope="module")
+def four():
+    return engine_model(tiny_pipeline(in_channels=4))
+
+
+@pytest.fixture(params=["nine", "four"], ids=["9-channel", "4-channel"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+def run(model, image, mask, **options):
+    options = {"prompt": "a cat", "steps": 2, "seed": 1} | options
+    return inpaint(InpaintRequest(image=image, mask=mask, **options), model, HOST)
+
+
+def outside(result, image, mask):
+    """The largest difference where the mask is 0."""
+    return float(((result.images - image).abs() * (mask == 0)[..., None]).max())
+
+
+def painted(result, image, mask):
+    """The mean difference where the mask is 1."""
+    return float((result.images - image).abs()[mask == 1].mean())
+
+
+def mask_of(kind, height, width):
+    mask = torch.zeros(1, height, width)
+    if kind == "disc":
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        mask[0] = ((y - height / 2) ** 2 + (x - width / 2) ** 2 < (min(height, width) / 5) ** 2).float()
+    elif kind == "corner":
+        mask[:, -20:, -30:] = 1
+    elif kind == "left edge":
+        mask[:, :, :9] = 1
+    elif kind == "thin line":
+        mask[:, 37:39, 5 : width - 5] = 1
+    elif kind == "one pixel":
+        mask[:, height // 3, width // 3] = 1
+    elif kind == "soft":
+        mask = mask_of("disc", height, width) * torch.linspace(0, 1, width)
+    elif kind == "full":
+        mask[:] = 1
+    return mask
+
+
+MASKS = ["disc", "corner", "left edge", "thin line", "one pixel", "soft", "full"]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_outside_is_identical_for_every_scheduler(model, scheduler):
+    image, mask = photo_and_mask()
+    result = run(model, image, mask, scheduler=scheduler, strength=0.8, steps=3)
+    assert outside(result, image, mask) == 0
+    assert painted(result, image, mask) > 0.01
+
+
+@pytest.mark.parametrize("crop", Crop)
+@pytest.mark.parametrize("kind", MASKS)
+def test_outside_is_identical_for_every_mask(model, kind, crop):
+    image, _ = photo_and_mask(213, 187)
+    mask = mask_of(kind, 187, 213)
+    result = run(model, image, mask, crop=crop)
+    assert result.images.shape == image.shape
+    assert outside(result, image, mask) == 0
+    assert not torch.equal(result.images, image)
+
+
+@pytest.mark.parametrize("crop", Crop)
+@pytest.mark.parametrize("size", [(513, 613), (64, 64), (33, 500), (128, 128), (16, 16), (1, 1)])
+def test_outside_is_identical_for_every_size(nine, size, crop):
+    width, height = size
+    image, _ = photo_and_mask(width, height)
+    mask = torch.zeros(1, height, width)
+    mask[:, height // 4 : height // 2 + 1, width // 4 : width // 2 + 1] = 1
+    result = run(nine, image, mask, crop=crop, steps=1)
+    assert result.images.shape == image.shape
+    assert outside(result, image, mask) == 0
+
+
+def test_ten_edits_on_top_of_each_other_leave_the_rest_identical(nine):
+    image, _ = photo_and_mask()
+    edited, touched = image, torch.zeros(1, *image.shape[1:3])
+    for i in range(10):
+        mask = torch.zeros_like(touched)
+        mask[:, 10 + 5 * i : 30 + 5 * i, 10 * i : 40 + 10 * i] = 1
+        touched = touched.maximum(mask)
+        edited = run(nine, edited, mask, seed=i, steps=1).images
+    assert float(((edited - image).abs() * (touched == 0)[..., None]).max()) == 0
+
+
+def test_values_of_the_result_stay_in_range(model):
+    image, mask = photo_and_mask()
+    result = run(model, image, mask)
+    assert float(result.images.min()) >= 0 and float(result.images.max()) <= 1
+
+
+def test_the_same_seed_repeats_and_another_differs(model):
+    image, mask = photo_and_mask()
+    first, again, other = (run(model, image, mask, seed=seed).images for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistep", "K_EULER_ANCESTRAL", "DPM++SDE"])
+def test_picture_i_of_a_run_is_seed_plus_i_alone(model, scheduler):
+    image, mask = photo_and_mask()
+    together = run(model, image, mask, count=3, seed=10, scheduler=scheduler)
+    assert together.seeds == (10, 11, 12)
+    for i in range(3):
+        alone = run(model, image, mask, seed=10 + i, scheduler=scheduler)
+        # batched matrix products round differently
+        assert torch.allclose(together.images[i], alone.images[0], atol=2e-4)
+
+
+def test_the_largest_seed_wraps(nine):
+    image, mask = photo_and_mask()
+    result = run(nine, image, mask, seed=MAX_SEED, count=2, steps=1)
+    assert result.seeds == (MAX_SEED, 0)
+
+
+def test_a_batch_of_pictures_with_a_mask_each(nine):
+    image, mask = photo_and_mask()
+    images = torch.cat([image, image.flip(2)])
+    masks = torch.cat([mask, mask_of("corner", *mask.shape[1:])])
+    result = run(nine, images, masks, count=2, seed=3)
+    assert result.seeds == (3, 4, 5, 6)
+    expected = images.repeat_interleave(2, dim=0)
+    kept = (masks.repeat_interleave(2, dim=0) == 0)[..., None]
+    assert float(((result.images - expected).abs() * kept).max()) == 0
+    alone = run(nine, images[1:], masks[1:], seed=6)
+    assert torch.allclose(result.images[3], alone.images[0], atol=2e-4)
+
+
+def test_one_mask_serves_every_picture_and_one_picture_every_mask(nine):
+    image, mask = photo_and_mask()
+    assert run(nine, image.expand(3, -1, -1, -1), mask, steps=1).images.shape[0] == 3
+    assert run(nine, image, mask.expand(3, -1, -1), steps=1).images.shape[0] == 3
+
+
+def test_batches_that_do_not_match_are_refused(nine):
+    image, mask = photo_and_mask()
+    with pytest.raises(InputError, match="3 images and 2 masks"):
+        run(nine, image.expand(3, -1, -1, -1), mask.expand(2, -1, -1))
+
+
+def test_an_empty_mask_gives_the_input_back_with_a_notice(nine):
+    image, mask = photo_and_mask()
+    result = run(nine, image, torch.zeros_like(mask), count=2)
+    assert torch.equal(result.images, image.expand(2, -1, -1, -1))
+    assert "mask is empty" in result.notices[0]
+
+
+def test_the_empty_masks_of_a_batch_are_counted(nine):
+    image, mask = photo_and_mask()
+    result = run(nine, image, torch.cat([mask, torch.zeros_like(mask)]))
+    assert torch.equal(result.images[1], image[0])
+    assert "1 of the masks" in result.notices[0]
+
+
+def test_load_images_placeholder_mask_is_refused(nine):
+    image, _ = photo_and_mask()
+    with pytest.raises(InputError, match="No mask is painted"):
+        run(nine, image, torch.zeros(1, 64, 64))
+
+
+def test_strength_0_gives_the_input_back(model):
+    image, mask = photo_and_mask()
+    assert torch.equal(run(model, image, mask, strength=0).images, image)
+
+
+def test_less_strength_keeps_more_of_the_input(four):
+    image, mask = photo_and_mask()
+    changes = [painted(run(four, image, mask, strength=s, steps=20), image, mask) for s in (0.05, 1.0)]
+    assert changes[0] < changes[1]
+
+
+def test_a_tiny_strength_still_runs_one_step(model):
+    image, mask = photo_and_mask()
+    assert not torch.equal(run(model, image, mask, strength=0.01, steps=10).images, image)
+
+
+def test_guidance_of_one_or_less_ignores_the_negative_prompt(nine):
+    image, mask = photo_and_mask()
+    plain = run(nine, image, mask, guidance_scale=1.0)
+    assert torch.equal(plain.images, run(nine, image, mask, guidance_scale=0.5, negative_prompt="a dog").images)
+    assert not torch.equal(plain.images, run(nine, image, mask, guidance_scale=7.5).images)
+
+
+def test_prompts_of_different_length_are_guided(nine):
+    image, mask = photo_and_mask()
+    long = run(nine, image, mask, prompt="word " * 90)
+    assert not torch.equal(long.images, run(nine, image, mask, prompt="word " * 60).images)
+
+
+def test_width_and_height_resize_first(nine):
+    image, mask = photo_and_mask()
+    result = run(nine, image, mask, width=301, height=97)
+    assert result.images.shape == (1, 97, 301, 3)
+    assert result.mask.shape == (1, 97, 301)
+    from comfyui_mend.engine.images import resize
+    from comfyui_mend.engine.types import Size
+
+    resized = resize(image, Size(301, 97))
+    assert outside(result, resized, result.mask) == 0
+
+
+def test_alpha_is_kept_outside_and_opaque_inside(nine):
+    image, mask = photo_and_mask()
+    rgba = torch.cat([image, torch.full_like(image[..., :1], 0.25)], dim=-1)
+    result = run(nine, rgba, mask)
+    assert outside(result, rgba, mask) == 0
+    assert bool((result.images[..., 3][mask == 1] == 1).all())
+
+
+def test_grey_pictures_come_back_in_colour(nine):
+    image, mask = photo_and_mask()
+    grey = image[..., :1]
+    result = run(nine, grey, mask)
+    assert result.images.shape[-1] == 3
+    assert outside(result, grey, mask) == 0
+
+
+def test_jpeg_noise_in_the_mask_touches_nothing(nine):
+    image, mask = photo_and_mask()
+    noisy = (mask + torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) * 0.012).clamp(0, 1)
+    result = run(nine, image, noisy)
+    assert outside(result, image, mask) == 0
+    assert torch.equal(result.mask == 0, mask == 0)
+
+
+def test_half_and_double_precision_pictures_are_taken(nine):
+    image, mask = photo_and_mask()
+    for dtype in (torch.float16, torch.float64):
+        assert run(nine, image.to(dtype), mask.to(dtype), steps=1).images.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "message"),
+    [
+        (torch.rand(1, 3, 64, 64), torch.ones(1, 64, 64), "has shape 1x3x64x64"),
+        (torch.rand(1, 64, 64, 3), torch.ones(1, 64, 64, 3), "The mask has shape 1x64x64x3"),
+        (torch.rand(1, 64, 64, 3), torch.ones(1, 64, 32), "The mask is 32x64 but the image is 64x64"),
+        (torch.rand(1, 64, 64, 3), torch.full((1, 64, 64), 255.0), "must lie in 0..1"),
+        (torch.full((1, 64, 64, 3), float("nan")), torch.ones(1, 64, 64), "NaN"),
+        (torch.zeros(1, 64, 64, 3, dtype=torch.uint8), torch.ones(1, 64, 64), "uint8"),
+        (torch.rand(0, 64, 64, 3), torch.ones(1, 64, 64), "image is empty"),
+    ],
+)
+def test_bad_pictures_are_refused_in_one_sentence(nine, image, mask, message):
+    with pytest.raises(InputError, match=message) as caught:
+        run(nine, image, mask)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"steps": 0},
+        {"steps": 501},
+        {"guidance_scale": -1},
+        {"guidance_scale": float("nan")},
+        {"strength": 1.1},
+        {"seed": -1},
+        {"seed": MAX_SEED + 1},
+        {"count": 0},
+        {"count": 65},
+        {"width": 8},
+        {"scheduler": "euler"},
+    ],
+)
+def test_numbers_out_of_range_are_refused(nine, option):
+    image, mask = photo_and_mask()
+    with pytest.raises(InputError, match=str(next(iter(option)))):
+        run(nine, image, mask, **option)
+
+
+def test_masks_of_every_comfyui_shape_mean_the_same(nine):
+    image, mask = photo_and_mask()
+    expected = run(nine, image, mask, steps=1).images
+    for shaped in (mask[0], mask[:, None], mask[..., None]):
+        assert torch.equal(run(nine, image, shaped, steps=1).images, expected)
+
+
+def test_a_mask_of_another_size_but_the_same_shape_is_resized(nine):
+    image, mask = photo_and_mask(200, 160)
+    small = torch.nn.functional.interpolate(mask[:, None], scale_factor=0.5, mode="area")[:, 0]
+    result = run(nine, image, small, steps=1)
+    assert result.mask.shape == mask.shape
+    assert outside(result, image, result.mask) == 0
+
+
+def test_every_stroke_reaches_the_network(nine):
+    """A 3 px line, at every offset from the latent grid, marks latent cells along its whole length."""
+    seen = []
+    predict = nine.predict
+    nine.predict = lambda rows, *rest: (seen.append(rows), predict(rows, *rest))[1]
+    try:
+        image, _ = photo_and_mask(128, 128)
+        for phase in range(8):
+            mask = torch.zeros(1, 128, 128)
+            mask[:, 40 + phase : 43 + phase, :] = 1
+            run(nine, image, mask, steps=1)
+            cells = seen[-1][0, 4]
+            assert bool((cells.amax(dim=0) == 1).all())
+    finally:
+        nine.predict = predict
+
+
+def test_memory_bounds_the_batch_and_not_the_picture(nine):
+    """With room for one row at a time the pictures are those of the unsplit batch."""
+
+    class Small(LocalHost):
+        def free_memory(self):
+            return 0
+
+    image, mask = photo_and_mask()
+    whole = run(nine, image, mask, count=3).images
+    split_model = engine_model(tiny_pipeline(in_channels=9), host=Small(torch.device("cpu")))
+    rows = []
+    forward = split_model.denoiser.module.forward
+    split_model.denoiser.module.forward = lambda x, *a, **k: (rows.append(len(x)), forward(x, *a, **k))[1]
+    split = run(split_model, image, mask, count=3).images
+    assert set(rows) == {2}  # one picture, two branches
+    assert torch.allclose(whole, split, atol=2e-4)
+
+
+def test_an_overflowing_network_is_an_error_not_a_black_picture(nine):
+    decode = nine.decode
+    nine.decode = lambda latents: decode(latents) * float("nan")
+    try:
+        with pytest.raises(MendError, match="NaN"):
+            run(nine, *photo_and_mask(), steps=1)
+    finally:
+        nine.decode = decode
+
+
+def test_interrupt_stops_within_one_evaluation(nine):
+    class Stop(BaseException):
+        pass
+
+    evaluations = []
+
+    class Interrupting(LocalHost):
+        def check_interrupt(self):
+            if len(evaluations) == 3:
+                raise Stop
+
+    model = engine_model(tiny_pipeline(in_channels=9), host=Interrupting(torch.device("cpu")))
+    predict = model.predict
+    model.predict = lambda *args: (predict(*args), evaluations.append(1))[0]
+    with pytest.raises(Stop):
+        run(model, *photo_and_mask(), steps=20)
+    assert len(evaluations) == 3
+
+
+def test_progress_counts_to_its_total_with_previews(nine):
+    updates, totals = [], []
+
+    class Bar:
+        def update(self, step, preview=None):
+            updates.append((step, preview))
+
+    class Watching(LocalHost):
+        def progress(self, total, description):
+            totals.append(total)
+            return Bar()
+
+    image, mask = photo_and_mask()
+    both = torch.cat([image, image])
+    masks = torch.cat([mask, mask_of("full", *mask.shape[1:])])  # two canvas sizes
+    request = InpaintRequest(image=both, mask=masks, steps=3)
+    inpaint(request, nine, Watching(torch.device("cpu")))
+    assert [step for step, _ in updates] == list(range(1, totals[0] + 1))
+    assert all(torch.isfinite(preview).all() for _, preview in updates)
+
+
+def test_preview_converges_on_the_result(nine):
+    """The last guess at the clean latents is what the solver ends on (DDIM ends at the lowest noise level)."""
+    previews, finals = [], []
+
+    class Bar:
+        def update(self, step, preview=None):
+            previews.append(preview)
+
+    class Watching(LocalHost):
+        def progress(self, total, description):
+            return Bar()
+
+    decode = nine.decode
+    nine.decode = lambda latents: (finals.append(latents), decode(latents))[1]
+    try:
+        image, mask = photo_and_mask()
+        request = InpaintRequest(image=image, mask=mask, steps=10, scheduler="K_EULER")
+        inpaint(request, nine, Watching(torch.device("cpu")))
+    finally:
+        nine.decode = decode
+    assert torch.allclose(previews[-1], finals[0], atol=1e-4 * float(finals[0].abs().max()))
+
+
+def test_compat_refuses_sizes_the_pipeline_refuses(nine):
+    image, mask = photo_and_mask()
+    with pytest.raises(InputError, match="multiples of 8"):
+        run(nine, image, mask, width=100, height=128, compat=Compat.DIFFUSERS)
+
+
+def test_the_fixtures_are_what_they_say(nine, four):
+    assert nine.facts.conditioning is Conditioning.CONCAT
+    assert four.facts.conditioning is Conditioning.REPLACE
