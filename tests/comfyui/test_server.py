@@ -1,0 +1,25 @@
+"""The real server starts with the pack, answers, and stops."""
+
+import re
+
+
+def test_the_server_imports_the_pack_without_complaint(server, client):
+    assert "IMPORT FAILED" not in server.log
+    assert "Traceback" not in server.log
+    assert re.search(r"Import times for custom nodes:.*comfyui-mend", server.log, re.S)
+
+
+def test_every_node_is_in_object_info(client):
+    info = client.object_info()
+    nodes = {name for name, node in info.items() if node["python_module"] == "custom_nodes.comfyui-mend"}
+    assert {
+        "MendLoadModel",
+        "MendDownloadModel",
+        "MendPrepareMask",
+        "MendOutpaintPad",
+        "MendFill",
+        "MendInpaint",
+        "MendLoadSafetyChecker",
+        "MendSafetyCheck",
+    } <= nodes
+    assert all(name.startswith("Mend") for name in nodes)
