@@ -54,7 +54,7 @@ def as_masks(mask: Tensor, images: Tensor) -> Tensor:
     another size but the same aspect ratio is resized. Raises InputError for the rest, and for the placeholder that
     LoadImage gives where no mask was painted.
     """
-    mask = _mask_batch(mask)
+    mask = as_mask_batch(mask)
     size = size_of(images)
     if size_of(mask) != size:
         mask = _fit_mask(mask, size)
@@ -70,13 +70,14 @@ def as_masks(mask: Tensor, images: Tensor) -> Tensor:
 def pair(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised images and masks with equal batches; a single image is repeated for each of several masks."""
     images = as_images(images)
-    masks = _mask_batch(masks)
+    masks = as_mask_batch(masks)
     if images.shape[0] == 1 and masks.shape[0] > 1:
         images = images.expand(masks.shape[0], -1, -1, -1)
     return images, as_masks(masks, images)
 
 
-def _mask_batch(mask: Tensor) -> Tensor:
+def as_mask_batch(mask: Tensor) -> Tensor:
+    """A mask in any of ComfyUI's shapes -> float32 [B, H, W] in 0..1, of whatever size it is."""
     shape = "x".join(map(str, mask.shape))
     if mask.ndim == 2:
         mask = mask[None]

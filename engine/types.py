@@ -131,17 +131,18 @@ class InpaintRequest:
     compat: Compat = Compat.OFF
 
     def __post_init__(self) -> None:
-        _check_range("steps", self.steps, 1, 500)
-        _check_range("guidance_scale", self.guidance_scale, 0, 50)
-        _check_range("strength", self.strength, 0, 1)
-        _check_range("seed", self.seed, 0, MAX_SEED)
-        _check_range("count", self.count, 1, 64)
+        check_range("steps", self.steps, 1, 500)
+        check_range("guidance_scale", self.guidance_scale, 0, 50)
+        check_range("strength", self.strength, 0, 1)
+        check_range("seed", self.seed, 0, MAX_SEED)
+        check_range("count", self.count, 1, 64)
         for name, value in (("width", self.width), ("height", self.height)):
             if value != 0:
-                _check_range(name, value, 16, 16384, "or 0 for the image's own size")
+                check_range(name, value, 16, 16384, "or 0 for the image's own size")
 
 
-def _check_range(name: str, value: float, low: float, high: float, note: str = "") -> None:
+def check_range(name: str, value: float, low: float, high: float, note: str = "") -> None:
+    """Raise InputError unless ``low <= value <= high``."""
     # written so that NaN fails too
     if not low <= value <= high:
         raise InputError(f"{name} is {value}; give a value from {low} to {high}{' ' + note if note else ''}.")
