@@ -1,0 +1,93 @@
+"""The tiny pipeline as one file in the original latent-diffusion layout, as most checkpoints are distributed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from comfyui_mend.engine.models import ldm
+from safetensors.torch import save_file
+from tiny import tiny_pipeline
+
+
+def original_state(pipeline, text_layout="clip"):
+    """The pipeline's weights under the original names.
+
+    ``text_layout``: "clip" (cond_stage_model.transformer.text_model.*), "bare_clip" (without text_model) or
+    "open_clip" (fused projections and one layer more, as in SD2).
+    """
+    unet, vae = pipeline.unet, pipeline.vae
+    state = {
+        **_renamed(unet.state_dict(), _inverse(ldm.unet_names(unet.config)), ldm.UNET_PREFIX),
+        **_renamed(_convolved(vae.state_dict()), _inverse(ldm.vae_names(vae.config)), ldm.VAE_PREFIX),
+    }
+    text = {key.removeprefix("text_model."): value for key, value in pipeline.text_encoder.state_dict().items()}
+    if text_layout == "open_clip":
+        state.update(_open_clip(text, pipeline.text_encoder.config))
+    else:
+        prefix = ldm.CLIP_PREFIX + ("text_model." if text_layout == "clip" else "")
+        state.update({prefix + key: value for key, value in text.items()})
+    return {key: value.contiguous().clone() for key, value in state.items()}
+
+
+def save_single_file(path: Path, pipeline=None, *, dtype=torch.float32, text_layout="clip", extra=None, **options):
+    """Writes ``path`` and, beside it, the folder of configs that a network of unusual size needs."""
+    pipeline = pipeline or tiny_pipeline(**options)
+    state = {key: value.to(dtype) for key, value in original_state(pipeline, text_layout).items()}
+    save_file({**state, **(extra or {})}, path)
+    save_configs(path.with_name(path.stem + "-config"), pipeline)
+    return path
+
+
+def save_configs(folder: Path, pipeline) -> Path:
+    """Configs only: no weights, no tokenizer."""
+    for part in ("unet", "vae", "text_encoder"):
+        module = getattr(pipeline, part)
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        text = module.config.to_json_string() if part == "text_encoder" else module.to_json_string()
+        (folder / part / "config.json").write_text(text)
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    return folder
+
+
+def _inverse(names):
+    return {new: old for old, new in names.items()}
+
+
+def _renamed(state, names, prefix):
+    return {prefix + ldm.rename(key, names): value for key, value in state.items()}
+
+
+def _convolved(vae_state):
+    """The original VAE's attention is made of 1x1 convolutions."""
+    return {
+        key: value[:, :, None, None] if ".attentions.0.to_" in key and value.ndim == 2 else value
+        for key, value in vae_state.items()
+    }
+
+
+def _open_clip(text, config):
+    names = _inverse(ldm.open_clip_names(config.to_dict()))
+    state = {}
+    for key, value in text.items():
+        if any(f".{projection}_proj." in key for projection in "qkv"):
+            continue
+        state[ldm.OPEN_CLIP_PREFIX + ldm.rename(key, names)] = value
+    for layer in range(config.num_hidden_layers):
+        attention = f"encoder.layers.{layer}.self_attn"
+        for kind in ("weight", "bias"):
+            fused = torch.cat([text[f"{attention}.{projection}_proj.{kind}"] for projection in "qkv"])
+            state[f"{ldm.OPEN_CLIP_PREFIX}transformer.resblocks.{layer}.attn.in_proj_{kind}"] = fused
+    # the last layer, the projection and the temperature are in every SD2 file and are not read
+    last = {
+        key.replace(f"resblocks.{config.num_hidden_layers - 1}.", f"resblocks.{config.num_hidden_layers}."): value + 1
+        for key, value in state.items()
+        if f"resblocks.{config.num_hidden_layers - 1}." in key
+    }
+    width = config.hidden_size
+    return {
+        **state,
+        **last,
+        f"{ldm.OPEN_CLIP_PREFIX}text_projection": torch.ones(width, width),
+        f"{ldm.OPEN_CLIP_PREFIX}logit_scale": torch.tensor(4.6),
+    }
