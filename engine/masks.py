@@ -56,18 +56,17 @@ class MaskOptions:
 
 def prepare(mask: Tensor, options: MaskOptions, on_image: OnImage | None = None) -> Tensor:
     """The mask [B, H, W] after threshold, invert, fill_holes, grow and feather, in this order."""
-    prepared = []
-    for index, one in enumerate(mask.split(1)):
-        if options.threshold > 0:
-            one = threshold(one, options.threshold)
-        if options.invert:
-            one = invert(one)
+    if options.threshold > 0:
+        mask = threshold(mask, options.threshold)
+    if options.invert:
+        mask = invert(mask)
+
+    def shape(array: FloatArray) -> FloatArray:
         if options.fill_holes:
-            one = fill_holes(one)
-        prepared.append(feather(grow(one, options.grow), options.feather))
-        if on_image is not None:
-            on_image(index + 1, mask.shape[0])
-    return torch.cat(prepared)
+            array = _fill_holes(array)
+        return _feather(_grow(array, options.grow), options.feather)
+
+    return _each(mask, shape, max(options.grow, 0) + options.feather, on_image)
 
 
 def threshold(mask: Tensor, value: float) -> Tensor:
@@ -87,10 +86,7 @@ def grow(mask: Tensor, pixels: float) -> Tensor:
     a mask that touches the border stays on it.
     """
     check_range("grow", pixels, -MAX_PIXELS, MAX_PIXELS)
-    if pixels >= 0:
-        return _each(mask, lambda array: _dilate(array, pixels), margin=math.floor(pixels))
-    # 1 px of what surrounds the mask must be in view for it to be eaten into
-    return _each(mask, lambda array: -_dilate(-array, -pixels), margin=1)
+    return _each(mask, lambda array: _grow(array, pixels), margin=max(pixels, 0))
 
 
 def feather(mask: Tensor, pixels: float) -> Tensor:
@@ -101,7 +97,7 @@ def feather(mask: Tensor, pixels: float) -> Tensor:
     parabola (van den Boomgaard and Smeulders, The morphological structure of images, 1994) of the values u = 1 - t^2.
     """
     check_range("feather", pixels, 0, MAX_PIXELS)
-    return _each(mask, lambda array: _fade(array, pixels + 1), margin=math.floor(pixels)) if pixels > 0 else mask
+    return _each(mask, lambda array: _feather(array, pixels), margin=pixels)
 
 
 def fill_holes(mask: Tensor) -> Tensor:
@@ -115,10 +111,9 @@ def fill_holes(mask: Tensor) -> Tensor:
 
 def bounding_box(mask: Tensor) -> Box | None:
     """The smallest box that holds every pixel above 0 of a mask [H, W] or of all of [B, H, W]; None without any."""
-    support = mask > 0
-    if support.ndim == 3:
-        support = support.any(dim=0)
-    rows, columns = support.any(dim=1).nonzero(), support.any(dim=0).nonzero()
+    if mask.ndim == 3:
+        mask = mask.amax(dim=0)
+    rows, columns = mask.amax(dim=1).nonzero(), mask.amax(dim=0).nonzero()
     if len(rows) == 0:
         return None
     return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
@@ -156,17 +151,26 @@ def opencv() -> ModuleType | None:
     return cv2
 
 
-def _each(mask: Tensor, operation: Callable[[FloatArray], FloatArray], margin: int) -> Tensor:
-    """``operation`` on each mask's bounding box and ``margin`` pixels around it."""
+def _each(
+    mask: Tensor, operation: Callable[[FloatArray], FloatArray], margin: float, on_image: OnImage | None = None
+) -> Tensor:
+    """``operation`` on each mask's bounding box, with the ``margin`` it reaches and a pixel of what is not masked."""
     result = mask.clone()
-    for source, target in zip(mask, result, strict=True):
+    for index, (source, target) in enumerate(zip(mask, result, strict=True)):
         box = bounding_box(source)
-        if box is None:
-            continue
-        box = expand_box(box, margin, *source.shape)
-        array = source[box.rows, box.columns].detach().cpu().numpy()
-        target[box.rows, box.columns] = torch.from_numpy(operation(array)).to(target)
+        if box is not None:
+            box = expand_box(box, math.floor(margin) + 1, *source.shape)
+            array = source[box.rows, box.columns].detach().cpu().numpy()
+            target[box.rows, box.columns] = torch.from_numpy(operation(array)).to(target)
+        if on_image is not None:
+            on_image(index + 1, mask.shape[0])
     return result
+
+
+def _grow(array: FloatArray, pixels: float) -> FloatArray:
+    if pixels == 0:
+        return array
+    return _dilate(array, pixels) if pixels > 0 else -_dilate(-array, -pixels)
 
 
 def _dilate(array: FloatArray, radius: float) -> FloatArray:
@@ -217,18 +221,26 @@ def _raise_to_shifted(target: npt.NDArray, source: npt.NDArray, shift: int, axis
     np.maximum(target[:-shift], behind, out=target[:-shift])
 
 
-def _fade(array: FloatArray, reach: float) -> FloatArray:
-    """max(array, the slope that falls from it to 0 at distance ``reach``)."""
+def _feather(array: FloatArray, pixels: float) -> FloatArray:
+    """max(array, the slope that falls from it to 0 just beyond ``pixels``)."""
+    if pixels == 0:
+        return array
+    reach = pixels + 1
     peak = array.max()
     solid = array == peak
     if (solid | (array == 0)).all():
-        height = _height(peak) - _squared_distance(solid) / np.float32(reach * reach)
+        distance = _distance(solid)
+        ramp = (distance > 0) & (distance < reach)
+        # the squares are whole numbers, and both libraries are right to a thousandth of a pixel
+        height = _height(peak) - np.rint(distance[ramp] ** 2) / np.float32(reach * reach)
+        slope = _value(np.maximum(height, 0))
     else:
-        height = _dilate_parabola(_height(array), reach)
-    slope = np.zeros_like(array)
-    ramp = (height > 0) & (height < 1)
-    slope[ramp] = _value(height[ramp])
-    return np.maximum(array, slope)
+        heights = _dilate_parabola(_height(array), reach)
+        ramp = (heights > 0) & (heights < 1)
+        slope = _value(heights[ramp])
+    faded = array.copy()
+    faded[ramp] = np.maximum(array[ramp], slope)
+    return faded
 
 
 def _dilate_parabola(height: FloatArray, reach: float) -> FloatArray:
@@ -252,18 +264,15 @@ def _value(height: FloatArray) -> FloatArray:
     return (np.float32(0.5) * (1 + np.cos(np.float32(math.pi) * t))).astype(np.float32)
 
 
-def _squared_distance(solid: npt.NDArray[np.bool_]) -> FloatArray:
-    """Squared distance of each pixel to the nearest solid one, a whole number."""
+def _distance(solid: npt.NDArray[np.bool_]) -> FloatArray:
+    """Distance of each pixel to the nearest solid one."""
     cv2 = opencv()
     if cv2 is not None:
-        outside = (~solid).view(np.uint8)
-        distance = cv2.distanceTransform(outside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    else:
-        from scipy import ndimage
+        distance: FloatArray = cv2.distanceTransform((~solid).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        return distance
+    from scipy import ndimage
 
-        distance = ndimage.distance_transform_edt(~solid).astype(np.float32)
-    # both are right to a thousandth of a pixel, so rounding makes them equal
-    return np.rint(distance * distance)
+    return ndimage.distance_transform_edt(~solid).astype(np.float32)
 
 
 def _fill_holes(array: FloatArray) -> FloatArray:
