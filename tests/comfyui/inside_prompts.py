@@ -1,20 +1,15 @@
 """Runs under ComfyUI's own Python: the same prompts through CLIPTextEncode and through the engine, on tiny weights.
 
-    python inside_prompts.py PATH_OF_COMFYUI
-
-Prints one JSON object: for each text encoder, what each prompt gave.
+Answers with what each prompt gave, for each text encoder.
 """
 
-import importlib.util
-import json
 import logging
-import os
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-TOKENIZER = ROOT / "engine" / "models" / "configs" / "tokenizer"
+import inside
+
+TOKENIZER = inside.ROOT / "engine" / "models" / "configs" / "tokenizer"
 WIDTH = 32
 LAYERS = 4
 
@@ -57,22 +52,6 @@ PROMPTS = [
     " ".join(["(three word group:0.9)"] * 30),
     "cat " * 74 + "embedding:pair",
 ]
-
-
-def boot(comfyui):
-    """ComfyUI's modules in this process, on the CPU in float32, and this pack under its import name."""
-    sys.argv = ["main.py", "--cpu", "--force-fp32", "--fp32-text-enc"]
-    sys.path.insert(0, str(comfyui))
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    logging.disable(logging.WARNING)
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    spec = importlib.util.spec_from_file_location(
-        "comfyui_mend", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["comfyui_mend"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["comfyui_mend"])
 
 
 def random_text_encoder(activation):
@@ -191,12 +170,15 @@ def relative_difference(expected, actual):
 
 
 def main():
-    comfyui = Path(sys.argv[1]).resolve()
-    boot(comfyui)
+    inside.boot()
+    from comfy.cli_args import args
+
+    args.fp32_text_enc = True
+    logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         embeddings = Path(folder) / "embeddings"
         write_embeddings(embeddings)
-        print(json.dumps({"sd1": compare(False, embeddings), "sd2": compare(True, embeddings)}))
+        inside.answer({"sd1": compare(False, embeddings), "sd2": compare(True, embeddings)})
 
 
 if __name__ == "__main__":

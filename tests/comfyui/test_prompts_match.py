@@ -3,12 +3,10 @@
 import pytest
 from workspace import run_inside
 
-pytestmark = pytest.mark.comfyui
-
 
 @pytest.fixture(scope="module")
 def rows(workspace):
-    result = run_inside(workspace, "inside_prompts.py", str(workspace.path))
+    result = run_inside(workspace, "inside_prompts.py")
     return {(kind, row["prompt"]): row for kind in ("sd1", "sd2") for row in result[kind]}
 
 
