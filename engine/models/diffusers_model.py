@@ -111,7 +111,7 @@ class DiffusersModel:
     def _denoise(self, rows: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
         embeddings = _per_row(embeddings, rows).to(rows)
         output = self.denoiser.module(rows, timestep.to(rows.device), embeddings, return_dict=False)[0]
-        return output.float()  # type: ignore[no-any-return]
+        return output.float()
 
     def _in_parts(
         self, managed: ManagedModule, bytes_per_row: int, run: Callable[[Tensor], Tensor], rows: Tensor
