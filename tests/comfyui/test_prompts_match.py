@@ -3,11 +3,17 @@
 import pytest
 from workspace import run_inside
 
+BRACKETS = "embedding:pair<lora:x> embedding:a1111[b]"
+"""That an embedding's name ends at a bracket came between ComfyUI 0.16 and 0.28."""
+
 
 @pytest.fixture(scope="module")
 def rows(workspace):
     result = run_inside(workspace, "inside_prompts.py")
-    return {(kind, row["prompt"]): row for kind in ("sd1", "sd2") for row in result[kind]}
+    found = {(kind, row["prompt"]): row for kind in ("sd1", "sd2") for row in result[kind]}
+    if tuple(map(int, workspace.version.split(".")[:2])) < (0, 28):
+        del found["sd1", BRACKETS], found["sd2", BRACKETS]
+    return found
 
 
 def test_every_prompt_gives_what_clip_text_encode_gives(rows):
