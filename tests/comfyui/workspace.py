@@ -22,6 +22,7 @@ from urllib import error, parse, request
 
 from conftest import ROOT
 
+HERE = Path(__file__).resolve().parent
 PACK_FOLDER = "comfyui-mend"
 HOW_TO_GET_ONE = "install one with `comfy install`, or set COMFYUI_PATH to its folder"
 START_SECONDS = 180
@@ -117,12 +118,13 @@ def _inside(workspace: Workspace, code: str, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def run_inside(workspace: Workspace, script: Path, *arguments: object, timeout: float = 300) -> object:
+def run_inside(workspace: Workspace, script: str | Path, *arguments: object, timeout: float = 300) -> object:
     """Run a script of this folder with the workspace's Python; its last line on stdout is its answer, in JSON.
 
     The script calls inside.boot() first.
     """
     environment = {**os.environ, "COMFYUI_PATH": str(workspace.path)}
+    script = HERE / script
     done = subprocess.run(
         [workspace.python, script, *map(str, arguments)],
         env=environment,
