@@ -118,3 +118,23 @@ def photo_and_mask(width=200, height=160, seed=0):
     image = (image.clamp(0, 1) * 255).round() / 255
     mask = (((x - 0.45) / 0.15) ** 2 + ((y - 0.47) / 0.17) ** 2 <= 1).float()
     return image[None], mask[None]
+
+
+def tiny_safety_checker(seed=3):
+    """A random StableDiffusionSafetyChecker for 28x28 pixels, with random concepts whose thresholds are all 1."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    torch.manual_seed(seed)
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "image_size": 28,
+        "patch_size": 7,
+    }
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16)).eval()
+    checker.concept_embeds.copy_(torch.randn(17, 16))
+    checker.special_care_embeds.copy_(torch.randn(3, 16))
+    return checker

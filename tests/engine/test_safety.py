@@ -19,6 +19,7 @@ from comfyui_mend.engine.safety import (
 from comfyui_mend.engine.types import InputError, MissingPackageError, ModelFileError
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import tiny_safety_checker
 
 HOST = LocalHost(torch.device("cpu"))
 
@@ -160,24 +161,13 @@ def test_without_the_package_the_error_names_it(monkeypatch):
 # --- StableDiffusionSafetyChecker -------------------------------------------------------------------------------------
 
 
-def diffusers_checker(image_size=28):
-    """A tiny random one; its thresholds lie in the middle of what it gives, so that some pictures are flagged."""
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig
-
-    torch.manual_seed(3)
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 37,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "image_size": image_size,
-        "patch_size": 7,
-    }
-    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16)).eval()
-    checker.concept_embeds.copy_(torch.randn(17, 16))
-    checker.special_care_embeds.copy_(torch.randn(3, 16))
-    return checker
+def image_processor(size):
+    """transformers' own, on PIL: a class of its own since transformers 5."""
+    try:
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Processor
+    except ModuleNotFoundError:
+        from transformers import CLIPImageProcessor as Processor
+    return Processor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
 @torch.no_grad()
@@ -202,12 +192,9 @@ def photos():
 @pytest.fixture(scope="module")
 def theirs(photos):
     """(checker, pixels, flags): diffusers' verdict on the photos, about half of them flagged."""
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    checker = diffusers_checker()
+    checker = tiny_safety_checker()
     pictures = [Image.fromarray((photo * 255).round().byte().numpy()) for photo in photos]
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    pixels = processor(pictures, return_tensors="pt").pixel_values
+    pixels = image_processor(28)(pictures, return_tensors="pt").pixel_values
     special, concepts = cosines(checker, pixels)
     checker.special_care_embeds_weights.copy_(special.quantile(0.8, dim=0))
     checker.concept_embeds_weights.copy_(concepts.quantile(0.97, dim=0))
@@ -231,10 +218,8 @@ def test_pixels_equal_transformers_image_processor(photos, theirs):
 
 @pytest.mark.parametrize("size", [(224, 224), (640, 427), (427, 641), (100, 301), (224, 225), (31, 7)])
 def test_pixels_of_any_size_equal_transformers_image_processor(size):
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
     picture = Image.fromarray((noise(size[1], size[0], 3) * 255).byte().numpy())
-    expected = CLIPImageProcessorPil()(picture, return_tensors="pt").pixel_values[0]
+    expected = image_processor(224)(picture, return_tensors="pt").pixel_values[0]
     assert torch.equal(clip_pixels(picture, 224), expected)
 
 
