@@ -131,7 +131,7 @@ def pull(
     huggingface_hub's (HF_TOKEN, HF_ENDPOINT). Raises InputError for names that are none and ModelFileError for
     everything the hub, the network or the disk refuses.
     """
-    _check_names(repo, revision, folder)
+    check_names(repo, revision, folder)
     notices = []
     if repo in SUCCESSORS:
         notices.append(f"{repo} has left the hub: its copy {SUCCESSORS[repo]} is used instead.")
@@ -435,7 +435,8 @@ def _read_chunk(response: HTTPResponse) -> bytes:
         raise ConnectionError(str(error)) from error
 
 
-def _check_names(repo: str, revision: str | None, folder: str | None) -> None:
+def check_names(repo: str, revision: str | None = None, folder: str | None = None) -> None:
+    """Raises InputError unless they are a repository, a revision and a folder name that stays where it belongs."""
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
         raise InputError(
             f"{repo!r} is not a repository on the hub: write author/name, as in"

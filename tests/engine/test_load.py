@@ -65,6 +65,10 @@ def assert_same_weights(model, pipeline, tolerance=0.0):
             torch.testing.assert_close(found[key].to(value.dtype), value, rtol=tolerance, atol=tolerance)
 
 
+def position_ids(model):
+    return next(b for name, b in model.text_encoder.module.named_buffers() if name.endswith("position_ids"))
+
+
 def rewrite(path, change):
     """The tensors of a file, keys and values changed by ``change(state) -> state``."""
     state = {key: value.clone() for key, value in load_file(path).items()}
@@ -121,8 +125,7 @@ def test_weights_take_the_precision_the_host_asks_for(folder, dtype):
     for managed in (model.denoiser, model.vae, model.text_encoder):
         assert {parameter.dtype for parameter in managed.module.parameters()} == {dtype}
         assert managed.dtype == dtype
-    ids = model.text_encoder.module.embeddings.position_ids
-    assert torch.equal(ids, torch.arange(77)[None])
+    assert torch.equal(position_ids(model), torch.arange(77)[None])
 
 
 def test_weights_that_fit_are_mapped_and_not_copied(folder, host, monkeypatch):
@@ -148,19 +151,19 @@ def test_building_draws_no_random_numbers(folder, host):
 
 
 @pytest.mark.parametrize("prefixed", [True, False])
-@pytest.mark.parametrize("position_ids", [None, torch.int64, torch.float16])
-def test_both_spellings_of_clip_keys_load(folder, pipeline, host, prefixed, position_ids):
+@pytest.mark.parametrize("ids_dtype", [None, torch.int64, torch.float16])
+def test_both_spellings_of_clip_keys_load(folder, pipeline, host, prefixed, ids_dtype):
     def respell(state):
         state = {("text_model." if prefixed else "") + key.removeprefix("text_model."): v for key, v in state.items()}
-        if position_ids is not None:
+        if ids_dtype is not None:
             key = ("text_model." if prefixed else "") + "embeddings.position_ids"
-            state[key] = torch.arange(77)[None].to(position_ids)
+            state[key] = torch.arange(77)[None].to(ids_dtype)
         return state
 
     rewrite(folder / "text_encoder" / "model.safetensors", respell)
     model = load_model(folder, host)
     assert_same_weights(model, pipeline)
-    assert torch.equal(model.text_encoder.module.embeddings.position_ids, torch.arange(77)[None])
+    assert torch.equal(position_ids(model), torch.arange(77)[None])
 
 
 def test_a_text_tower_in_an_inner_module_is_filled_too():
