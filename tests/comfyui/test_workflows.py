@@ -1,0 +1,196 @@
+"""Every shipped workflow, and MendInpaint's promises, on a real ComfyUI over HTTP and websocket."""
+
+import copy
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from tiny import photo_and_mask, save_tiny_model
+
+WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
+MODEL = "stable-diffusion-inpainting"
+PHOTO = "example.png"
+
+
+@pytest.fixture(scope="module")
+def prepared(server):
+    """The tiny model under the name the workflows ask for, and a photo whose alpha is the mask."""
+    save_tiny_model(Path(server.base) / "models" / "diffusers" / MODEL)
+    with server.client() as client:
+        client.upload_image(PHOTO, photo_with_hole())
+    return server
+
+
+@pytest.fixture
+def client(prepared):
+    with prepared.client() as connected:
+        yield connected
+
+
+def photo_with_hole(width=200, height=160):
+    image, mask = photo_and_mask(width, height)
+    rgba = torch.cat([image, 1 - mask[..., None]], dim=-1)
+    buffer = io.BytesIO()
+    Image.fromarray((rgba[0] * 255).round().to(torch.uint8).numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pixels(content):
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+def load(path, **changes):
+    """A workflow in API format, quick to run: ``changes`` go into every node that has such an input."""
+    workflow = json.loads(path.read_text())
+    for node in workflow.values():
+        for name, value in ({"steps": 3} | changes).items():
+            if name in node["inputs"]:
+                node["inputs"][name] = value
+    return workflow
+
+
+def inpaint_workflow(**changes):
+    return load(ROOT / "workflows" / "api" / "inpaint.json", **changes)
+
+
+def finished(client, workflow):
+    run = client.run(workflow)
+    assert run.status == "success", run.error
+    return run
+
+
+def test_the_pack_is_imported_and_every_node_is_listed(client, prepared):
+    nodes = client.object_info()
+    for name in (
+        "MendLoadModel",
+        "MendDownloadModel",
+        "MendPrepareMask",
+        "MendOutpaintPad",
+        "MendFill",
+        "MendInpaint",
+        "MendLoadSafetyChecker",
+        "MendSafetyCheck",
+    ):
+        assert nodes[name]["category"] == "Mend"
+        assert nodes[name]["description"]
+        required = nodes[name]["input"].get("required", {}) | nodes[name]["input"].get("optional", {})
+        assert all(options[-1].get("tooltip") for options in required.values()), name
+    assert "IMPORT FAILED" not in prepared.log
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_workflow_yields_its_picture(client, path):
+    run = finished(client, load(path))
+    saved = [image for image in run.images if image["type"] == "output"]
+    assert len(saved) == 1
+    picture = pixels(client.image(saved[0]))
+    assert picture.ndim == 3 and picture.std() > 1
+
+
+def test_outside_the_mask_the_saved_picture_is_the_photo(client):
+    image, mask = photo_and_mask()
+    workflow = inpaint_workflow(grow=0, feather=0, fill_holes=False)
+    result = pixels(client.image(finished(client, workflow).images[0]))
+    original = (image[0] * 255).round().to(torch.uint8).numpy()
+    kept = mask[0].numpy() == 0
+    assert np.array_equal(result[kept], original[kept])
+    assert (result[~kept] != original[~kept]).mean() > 0.5
+
+
+def test_the_node_gives_what_the_engine_gives(client):
+    """Same model, photo, mask and seed through the server and through the engine in this process."""
+    from comfyui_mend.engine.host import LocalHost
+    from comfyui_mend.engine.inpaint import inpaint
+    from comfyui_mend.engine.types import InpaintRequest
+    from tiny import engine_model, tiny_pipeline
+
+    workflow = inpaint_workflow(grow=0, feather=0, fill_holes=False, prompt="a cat", negative_prompt="", seed=11)
+    result = pixels(client.image(finished(client, workflow).images[0])).astype(int)
+    image, mask = photo_and_mask()
+    request = InpaintRequest(image=image, mask=mask, prompt="a cat", seed=11, steps=3)
+    ours = inpaint(request, engine_model(tiny_pipeline()), LocalHost(torch.device("cpu"))).images[0]
+    expected = (ours * 255).clamp(0, 255).to(torch.uint8).numpy().astype(int)  # SaveImage truncates
+    assert abs(result - expected).max() <= 1
+
+
+def test_progress_events_and_previews_arrive(client):
+    run = finished(client, inpaint_workflow(steps=7, seed=21))
+    assert [value for value, maximum in run.progress if maximum == 7] == list(range(1, 8))
+    assert len(run.previews) >= 1
+    assert all(Image.open(io.BytesIO(preview)).size for preview in run.previews)
+
+
+def test_interrupt_stops_within_a_step_and_the_next_job_runs(client):
+    workflow = inpaint_workflow(steps=500, seed=22, guidance_scale=7.5)
+    seen = []
+
+    def stop(event):
+        if event.type == "progress" and event.data["max"] == 500:
+            seen.append(event.data["value"])
+            if len(seen) == 3:
+                client.interrupt()
+
+    run = client.wait(client.queue(workflow), on_event=stop)
+    assert run.status == "interrupted"
+    # events in flight while the interrupt travels
+    assert seen[-1] < 450
+    finished(client, inpaint_workflow(seed=23))
+
+
+def test_free_unloads_and_the_next_job_gives_the_same_picture(client):
+    workflow = inpaint_workflow(seed=24)
+    before = client.image(finished(client, workflow).images[0])
+    client.free()
+    changed = copy.deepcopy(workflow)
+    for node in changed.values():  # another file name, so that the run is not served from the cache
+        if "filename_prefix" in node["inputs"]:
+            node["inputs"]["filename_prefix"] += "-again"
+    after = client.image(finished(client, changed).images[0])
+    assert np.array_equal(pixels(before), pixels(after))
+
+
+def test_count_and_seed_travel(client):
+    workflow = inpaint_workflow(count=2, seed=2**64 - 1)
+    workflow["9"] = {"class_type": "PreviewAny", "inputs": {"source": ["4", 2]}}
+    run = finished(client, workflow)
+    assert len([i for i in run.images if i["type"] == "output"]) == 2
+    assert run.outputs["9"]["text"] == [str(2**64 - 1)]
+
+
+@pytest.mark.parametrize("compat", ["off", "diffusers"])
+@pytest.mark.parametrize("crop", ["auto", "off"])
+def test_every_mode_runs(client, crop, compat):
+    run = finished(client, inpaint_workflow(crop=crop, compat=compat, steps=2))
+    size = Image.open(io.BytesIO(client.image(run.images[0]))).size
+    assert size == ((128, 128) if compat == "diffusers" else (200, 160))
+
+
+def test_an_unpainted_mask_is_refused_in_one_sentence(client):
+    buffer = io.BytesIO()
+    Image.new("RGB", (200, 160), "red").save(buffer, "PNG")
+    name = client.upload_image("unpainted.png", buffer.getvalue())
+    workflow = inpaint_workflow(image=name, fill_holes=False, grow=0, feather=0)
+    workflow["4"]["inputs"].update(image=["1", 0], mask=["1", 1])
+    run = client.run(workflow)
+    assert run.status == "error"
+    assert "No mask is painted" in run.error["exception_message"]
+
+
+def test_bad_constants_are_refused_before_anything_runs(client):
+    from workspace import PromptRejectedError
+
+    for changes, words in (
+        ({"width": 7}, "at least 16"),
+        ({"width": 100, "compat": "diffusers"}, "multiple of 8"),
+        ({"scheduler": "euler"}, "euler"),
+        ({"steps": 0}, "steps"),
+        ({"model": "no-such-model"}, "no-such-model"),
+    ):
+        with pytest.raises(PromptRejectedError) as refusal:
+            client.queue(inpaint_workflow(**changes))
+        assert words in json.dumps(refusal.value.answer)
