@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .engine.host import LocalHost
+    from .engine.safety import SafetyChecker
     from .engine.types import InpaintRequest
 
 Report = dict[str, Any]
@@ -52,6 +53,8 @@ SAFETY_ACTIONS = ("black", "blur", "pass")
 MASK_CHANNELS = ("luminance", "alpha")
 DTYPES = ("float32", "float16", "bfloat16")
 
+KINDS = ("checkpoints", "diffusers", "embeddings", "safety_checker")
+"""Subfolders of a models folder, in ComfyUI's layout."""
 MODELS_VARIABLE = "MEND_MODELS"
 RANDOM_SEEDS = 2**32
 """A random seed is short enough to be typed again."""
@@ -143,14 +146,12 @@ def outpaint_command(arguments: argparse.Namespace) -> Report:
     from .engine.outpaint import Padding, pad
 
     inputs = [arguments.image]
-    if arguments.mask_out:
-        check_outputs([arguments.mask_out], inputs=inputs, force=arguments.force)
-    if arguments.pad_only:
-        check_outputs([arguments.out], inputs=inputs, force=arguments.force)
+    outputs = [*([arguments.out] if arguments.pad_only else []), *([arguments.mask_out] if arguments.mask_out else [])]
+    check_outputs(outputs, inputs=inputs, force=arguments.force)
     padding = Padding(arguments.left, arguments.top, arguments.right, arguments.bottom)
     with _clock("pad") as timings:
         image = read_image(arguments.image)
-        padded = pad(image, padding, feather=arguments.feather, fill=FillMethod(arguments.fill))
+        padded = pad(image, padding, arguments.feather, FillMethod(arguments.fill))
     if arguments.pad_only:
         report = _write_one(arguments, padded.image, inputs, timings)
     else:
@@ -190,15 +191,23 @@ def mask_command(arguments: argparse.Namespace) -> Report:
 
 def check_command(arguments: argparse.Namespace) -> Report:
     from .engine.files import read_image
+    from .engine.safety import SafetyAction, check, load_safety_checker
 
-    pictures = [read_image(path) for path in arguments.images]
-    host = _host(arguments)
-    verdicts = [_judge(arguments, picture, host) for picture in pictures]
-    results = [
-        {"file": str(path), "score": verdict.scores[0], "flagged": verdict.flags[0]}
-        for path, verdict in zip(arguments.images, verdicts, strict=True)
-    ]
-    return {"results": results, "threshold": arguments.safety_threshold}
+    threshold = arguments.safety_threshold
+    with _clock("read") as timings:
+        pictures = [read_image(path) for path in arguments.images]
+    with _clock("safety", timings):
+        checker = load_safety_checker(arguments.safety_checker, _host(arguments))
+        scores = [
+            check(picture, checker, threshold=threshold, action=SafetyAction.PASS).scores[0] for picture in pictures
+        ]
+    return {
+        "files": [str(path) for path in arguments.images],
+        "scores": [score.score for score in scores],
+        "flagged": [score.flagged for score in scores],
+        "threshold": checker.default_threshold if threshold is None else threshold,
+        "timings": _rounded(timings),
+    }
 
 
 def models_command(arguments: argparse.Namespace) -> Report:
@@ -260,30 +269,31 @@ def _paint(
     _check_schedule(request)
     host = _host(arguments)
     path = find_model(arguments, host)
+    notices: list[str] = []
     with _clock("load", timings):
+        checker = _safety_checker(arguments, host, notices)
         model = load_model(path, host, config=arguments.config, prediction_type=arguments.prediction_type)
     result = inpaint(request, model, host)
     timings |= result.timings
 
-    images, scores, flags = result.images, None, None
-    if arguments.safety:
-        with _clock("safety", timings):
-            verdict = _judge(arguments, images, host)
-        images, scores, flags = verdict.images, list(verdict.scores), list(verdict.flags)
-    with _clock("write", timings):
-        for picture, output, seed in zip(images, outputs, result.seeds, strict=True):
-            _write(arguments, output, picture, _parameters(request, seed, path), inputs)
-    return {
+    report = {
         "files": [str(output) for output in outputs],
         "seed": result.seeds[0],
         "seeds": list(result.seeds),
-        "scores": scores,
-        "flagged": flags,
+        "scores": None,
+        "flagged": None,
         "model": str(path),
         "device": str(host.device),
-        "notices": list(result.notices),
-        "timings": _rounded(timings),
+        "notices": [*notices, *result.notices],
     }
+    images = result.images
+    if checker is not None:
+        with _clock("safety", timings):
+            images = _judge(arguments, images, checker, report)
+    with _clock("write", timings):
+        for picture, output, seed in zip(images, outputs, result.seeds, strict=True):
+            _write(arguments, output, picture, _parameters(request, seed, path), inputs)
+    return report | {"timings": _rounded(timings)}
 
 
 def _request(arguments: argparse.Namespace, image: Tensor, mask: Tensor) -> InpaintRequest:
@@ -324,12 +334,36 @@ def _parameters(request: InpaintRequest, seed: int, model: Path) -> dict[str, An
     }
 
 
-def _judge(arguments: argparse.Namespace, images: Tensor, host: LocalHost) -> Any:
-    from .engine.safety import Action, check, load_safety_checker
+def _safety_checker(arguments: argparse.Namespace, host: LocalHost, notices: list[str]) -> SafetyChecker | None:
+    """A checker that is not installed stops only those who asked for a check."""
+    from .engine.safety import load_safety_checker
+    from .engine.types import MissingPackageError
 
-    checker = load_safety_checker(arguments.safety_checker, host)
-    action = Action(getattr(arguments, "safety_action", "pass"))
-    return check(images, checker, threshold=arguments.safety_threshold, action=action)
+    if arguments.safety is False:
+        return None
+    try:
+        return load_safety_checker(arguments.safety_checker, host)
+    except MissingPackageError as error:
+        if arguments.safety:
+            raise
+        notices.append(f"The result is not checked for safety. {error}")
+        return None
+
+
+def _judge(arguments: argparse.Namespace, images: Tensor, checker: SafetyChecker, report: Report) -> Tensor:
+    """The pictures after the safety check, whose scores go into ``report``."""
+    from .engine.safety import SafetyAction, check
+
+    action = SafetyAction(arguments.safety_action)
+    result = check(images, checker, threshold=arguments.safety_threshold, action=action)
+    report["scores"] = [score.score for score in result.scores]
+    report["flagged"] = list(result.flags)
+    if result.flagged and action is not SafetyAction.PASS:
+        report["notices"].append(
+            f"{sum(result.flags)} of {len(images)} pictures came out unsafe and were replaced ({action.value});"
+            " --safety-action pass keeps such pictures."
+        )
+    return result.images
 
 
 def _write_one(
@@ -362,9 +396,7 @@ def _host(arguments: argparse.Namespace) -> LocalHost:
     return LocalHost(
         device=_device(arguments.device) if arguments.device else default_device(),
         weights_dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
-        folders={
-            kind: [_subfolder(root, kind) for root in roots] for kind in ("checkpoints", "diffusers", "embeddings")
-        },
+        folders={kind: [_subfolder(root, kind) for root in roots] for kind in KINDS},
         show_progress=sys.stderr.isatty() and not arguments.quiet,
     )
 
@@ -482,8 +514,8 @@ def show_files(report: Report) -> str:
 
 def show_scores(report: Report) -> str:
     return "\n".join(
-        f"{result['score']:.3f}  {'FLAGGED' if result['flagged'] else 'ok     '}  {result['file']}"
-        for result in report["results"]
+        f"{score:.3f}  {'FLAGGED' if flagged else 'ok     '}  {file}"
+        for file, score, flagged in zip(report["files"], report["scores"], report["flagged"], strict=True)
     )
 
 
@@ -552,7 +584,7 @@ In this order: threshold, invert, fill holes, grow, feather."""
 CHECK_EXAMPLES = """\
 examples:
   mend check *.png
-  mend check photo.jpg --json | jq '.results[0].score'"""
+  mend check photo.jpg --json | jq '.scores[0]'"""
 
 MODELS_EXAMPLES = """\
 examples:
@@ -604,7 +636,7 @@ def build_parser() -> argparse.ArgumentParser:
     sides = outpaint.add_argument_group("what to add")
     for side in ("left", "top", "right", "bottom"):
         sides.add_argument(f"--{side}", type=int, default=0, metavar="PX", help=f"pixels to add at the {side}")
-    sides.add_argument("--feather", type=float, default=0, metavar="PX", help="soft edge of the mask, into the picture")
+    sides.add_argument("--feather", type=int, default=0, metavar="PX", help="soft edge of the mask, into the picture")
     sides.add_argument(
         "--fill", default="edge", **_which(FILLS, "what the new area starts from (default: %(default)s)")
     )
@@ -688,9 +720,8 @@ def _add_image_and_mask(parser: argparse.ArgumentParser) -> None:
 def _add_mask_channel(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mask-channel",
-        choices=MASK_CHANNELS,
         default="luminance",
-        help="what marks the repainted part, white or transparent pixels (default: %(default)s)",
+        **_which(MASK_CHANNELS, "what marks the repainted part, white or transparent pixels (default: %(default)s)"),
     )
 
 
@@ -732,14 +763,12 @@ def _add_diffusion(parser: argparse.ArgumentParser) -> None:
     safety.add_argument(
         "--safety",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="score the finished picture (default: --safety)",
+        help="score the finished picture (default: where the checker is installed)",
     )
     safety.add_argument(
         "--safety-action",
-        choices=SAFETY_ACTIONS,
         default="black",
-        help="what becomes of a flagged picture (default: %(default)s)",
+        **_which(SAFETY_ACTIONS, "what becomes of a flagged picture (default: %(default)s)"),
     )
     _add_checker(safety)
     _add_machine(parser)
@@ -755,6 +784,13 @@ def _which(choices: Sequence[str], help_text: str) -> dict[str, Any]:
     return {"choices": choices, "metavar": "WHICH", "help": f"{' | '.join(choices)}: {help_text}"}
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
+    return value
+
+
 def _add_checker(group: Any) -> None:
     group.add_argument(
         "--safety-checker",
@@ -763,7 +799,7 @@ def _add_checker(group: Any) -> None:
         help="opennsfw, or a folder with diffusers' StableDiffusionSafetyChecker (default: %(default)s)",
     )
     group.add_argument(
-        "--safety-threshold", type=float, default=0.5, metavar="X", help="flag from here up (default: 0.5)"
+        "--safety-threshold", type=_share, metavar="X", help="0..1: flag above it (default: the checker's)"
     )
 
 

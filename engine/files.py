@@ -110,8 +110,12 @@ def check_outputs(outputs: Iterable[Path], *, inputs: Iterable[Path] = (), force
     An existing file is refused unless ``force``; a file of ``inputs`` is refused always.
     """
     sources = {path.resolve() for path in inputs}
+    seen: set[Path] = set()
     for path in outputs:
         _format_of(path)
+        if path.resolve() in seen:
+            raise InputError(f"{path} is named twice; give each result a name of its own.")
+        seen.add(path.resolve())
         if path.resolve() in sources:
             raise InputError(f"{path} is also an input; write to another name, so that the original is kept.")
         if path.is_dir():
