@@ -90,7 +90,15 @@ class Schedule(ABC):
     States and outputs are [B, C, h, w] float32. ``index`` counts evaluations: 0..evaluations - 1.
     """
 
-    def __init__(self, timesteps: Tensor, levels: Sequence[Level], init_noise_sigma: float, from_noise: bool, v: bool):
+    def __init__(
+        self,
+        timesteps: Tensor,
+        levels: Sequence[Level],
+        init_noise_sigma: float,
+        *,
+        from_noise: bool,
+        v_prediction: bool,
+    ) -> None:
         self.timesteps = timesteps.float() if timesteps.is_floating_point() else timesteps
         """[evaluations], descending but for repeated ones, possibly fractional; on the CPU."""
         self.levels = tuple(levels)
@@ -98,7 +106,7 @@ class Schedule(ABC):
         self.init_noise_sigma = init_noise_sigma
         self.from_noise = from_noise
         """Whether the run starts on pure noise: strength is 1."""
-        self._v_prediction = v
+        self._v_prediction = v_prediction
 
     @property
     def evaluations(self) -> int:
@@ -141,7 +149,9 @@ class Schedule(ABC):
 class _DiffusersSchedule(Schedule):
     """A run whose steps a diffusers scheduler takes."""
 
-    def __init__(self, scheduler: Any, step_options: Mapping[str, Any], kept: Sequence[Level] | None, **common: Any):
+    def __init__(
+        self, scheduler: Any, step_options: Mapping[str, Any], kept: Sequence[Level] | None, **common: Any
+    ) -> None:
         super().__init__(init_noise_sigma=float(scheduler.init_noise_sigma), **common)
         self._scheduler = scheduler
         self._step_options = step_options
@@ -268,7 +278,7 @@ def plan(
             "use one that predicts epsilon or v_prediction."
         )
     running = _running_steps(steps, strength, exact)
-    common: dict[str, Any] = {"from_noise": strength == 1.0, "v": prediction_type == "v_prediction"}
+    common: dict[str, Any] = {"from_noise": strength == 1.0, "v_prediction": prediction_type == "v_prediction"}
 
     if spec.name == "DPM++SDE":
         return _plan_dpm_sde(spec, settings, steps, running, common)
@@ -278,8 +288,7 @@ def plan(
     elif spec.name == "PNDM" and not exact:
         return _plan_warm_plms(spec, settings, steps, running, common)
     else:
-        scheduler = spec.scheduler_class()(**settings)
-        scheduler.set_timesteps(steps)
+        scheduler = _scheduler(spec, settings, steps, exact)
 
     begin = (steps - running) * spec.order
     if hasattr(scheduler, "set_begin_index"):
@@ -340,20 +349,36 @@ def _with_zero_snr(config: dict[str, Any], accepted: Mapping[str, Any]) -> dict[
     """Rescaled betas for a class that does not know ``rescale_betas_zero_snr`` (Lin et al. 2023, arXiv 2305.08891)."""
     if not config.get("rescale_betas_zero_snr") or "rescale_betas_zero_snr" in accepted:
         return config
-    from diffusers import EulerDiscreteScheduler
-
-    known = inspect.signature(EulerDiscreteScheduler.__init__).parameters
-    # its last cumulative alpha is tiny but not 0, so that every sigma is finite
-    alphas_cumprod = EulerDiscreteScheduler(**{k: v for k, v in config.items() if k in known}).alphas_cumprod.double()
+    # Euler's last cumulative alpha is tiny but not 0, so that every sigma is finite
+    euler = SCHEDULERS["K_EULER"].scheduler_class()
+    known = inspect.signature(euler.__init__).parameters
+    alphas_cumprod = euler(**{key: value for key, value in config.items() if key in known}).alphas_cumprod.double()
     betas = 1 - alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
     return {**config, "trained_betas": betas.tolist()}
+
+
+def _scheduler(spec: SchedulerSpec, settings: Mapping[str, Any], steps: int, exact: bool) -> Any:
+    scheduler = spec.scheduler_class()(**settings)
+    scheduler.set_timesteps(steps)
+    if not exact and float(scheduler.timesteps[-1]) == -1:
+        _drop_surplus_timestep(scheduler)
+    return scheduler
+
+
+def _drop_surplus_timestep(scheduler: Any) -> None:
+    """Undo a rounding of diffusers' trailing spacing: 61, 103, 121, ... steps get one more, at timestep -1."""
+    if scheduler.order > 1:  # these solve on sigmas, for which it is a harmless step at the lowest level
+        scheduler.timesteps = scheduler.timesteps.clamp(min=0)
+        return
+    scheduler.timesteps = scheduler.timesteps[:-1]
+    if hasattr(scheduler, "sigmas"):
+        scheduler.sigmas = torch.cat([scheduler.sigmas[:-2], scheduler.sigmas[-1:]])
 
 
 def _plan_dpm_sde(
     spec: SchedulerSpec, settings: Mapping[str, Any], steps: int, running: int, common: Mapping[str, Any]
 ) -> Schedule:
-    scheduler = spec.scheduler_class()(**settings)
-    scheduler.set_timesteps(steps)
+    scheduler = _scheduler(spec, settings, steps, exact=False)
     sigmas = scheduler.sigmas[steps - running :].double()
     middles = (sigmas[:-2] * sigmas[1:-1]).sqrt()
     timesteps = scheduler.timesteps[steps - running :].double()
@@ -381,8 +406,7 @@ def _timesteps_at(sigmas: Tensor, alphas_cumprod: Tensor) -> Tensor:
 def _plan_warm_plms(
     spec: SchedulerSpec, settings: Mapping[str, Any], steps: int, running: int, common: Mapping[str, Any]
 ) -> Schedule:
-    scheduler = spec.scheduler_class()(**{**settings, "prediction_type": "epsilon"})
-    scheduler.set_timesteps(steps)
+    scheduler = _scheduler(spec, {**settings, "prediction_type": "epsilon"}, steps, exact=False)
     timesteps = scheduler.timesteps.unique().flip(0)[-running:]
     if running > 1:  # PLMS starts with a Heun-like pair: its second timestep is evaluated twice
         timesteps = torch.cat([timesteps[:2], timesteps[1:]])
