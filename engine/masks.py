@@ -160,7 +160,7 @@ def _each(
         box = bounding_box(source)
         if box is not None:
             box = expand_box(box, math.floor(margin) + 1, *source.shape)
-            array = source[box.rows, box.columns].detach().cpu().numpy()
+            array = source[box.rows, box.columns].detach().cpu().contiguous().numpy()
             target[box.rows, box.columns] = torch.from_numpy(operation(array)).to(target)
         if on_image is not None:
             on_image(index + 1, mask.shape[0])
@@ -185,16 +185,14 @@ def _dilate(array: FloatArray, radius: float) -> FloatArray:
 
 
 def _dilate_disk(array: npt.NDArray, radius: float) -> npt.NDArray:
-    """Flat dilation by the pixels within ``radius``, row by row of the disk: exact, and twice its radius in steps."""
+    """Flat dilation by the pixels within ``radius``, row by row of the disk; exact, in steps linear in it."""
     result = array.copy()
     row = array.copy()  # dilated by the horizontal span -reach..reach
     reach = 0
     for dy, span in _disk_rows(radius):
         while reach < span:
-            # two shifted copies and the original leave no gap up to this step
-            step = min(span - reach, 2 * reach + 1)
-            _raise_to_shifted(row, row.copy(), step, axis=1)
-            reach += step
+            _raise_to_shifted(row, row.copy(), 1, axis=1)
+            reach += 1
         if dy == 0:
             np.maximum(result, row, out=result)
         else:
