@@ -255,8 +255,8 @@ class ClipChecker:
             embeds = F.normalize(module.visual_projection(pooled))
             special = embeds @ F.normalize(module.special_care_embeds).T
             concepts = embeds @ F.normalize(module.concept_embeds).T
-        special_thresholds = module.special_care_embeds_weights.tolist()
-        thresholds = module.concept_embeds_weights.tolist()
+        special_thresholds = module.special_care_embeds_weights.cpu().tolist()
+        thresholds = module.concept_embeds_weights.cpu().tolist()
         return [
             rate_cosines(row_special, special_thresholds, row_concepts, thresholds)
             for row_special, row_concepts in zip(
