@@ -223,7 +223,7 @@ def _devices(role: Role) -> tuple[torch.device, torch.device]:
     return mm.text_encoder_device(), mm.text_encoder_offload_device()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MendModel:
     """What travels on a MEND_MODEL wire. It owns its modules, and through them the patchers: ComfyUI only has weak
     references, so a model that leaves the cache leaves memory."""

@@ -7,12 +7,14 @@ Prints what each check found as one line of JSON; test_memory.py says what it sh
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import inside
 import torch
@@ -23,6 +25,9 @@ inside.boot()
 
 import comfy.model_management as mm  # noqa: E402
 import comfy.model_patcher  # noqa: E402
+import comfy.pinned_memory  # noqa: E402
+import comfy_aimdo.host_buffer  # noqa: E402
+import comfy_aimdo.model_vbar  # noqa: E402
 from comfyui_mend.engine.host import Role  # noqa: E402
 from comfyui_mend.nodes.comfy_host import ComfyHost, ComfyModule, MendModel  # noqa: E402
 
@@ -280,6 +285,85 @@ def repeated_loads() -> dict:
     return report
 
 
+def loaded_by_others() -> dict:
+    """Whoever loads the patcher, e.g. another pack that frees and restores: nothing stays behind."""
+    report = {}
+    for name in CASES:
+        case, _ = build(name)
+        with fake_vram(0.4 * size_of(case.module)):
+            managed = ComfyHost().manage(case.module, Role.DENOISER)
+            mm.load_models_gpu([managed.patcher])
+            report[name] = stranded(managed, VRAM)
+            mm.unload_all_models()
+    return report
+
+
+class Vbar:
+    """Stands in for comfy_aimdo's virtual memory with no room at all: every weight is fetched when it is used."""
+
+    def __init__(self, size: int, device: int | None) -> None:
+        self.staged = 0
+
+    def alloc(self, size: int) -> tuple:
+        self.staged += size
+        return (self, self.staged, size)
+
+    def prioritize(self) -> None:
+        pass
+
+    def loaded_size(self) -> int:
+        return 0
+
+    def free_memory(self, size: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def dynamic_vram() -> Iterator[None]:
+    """Dynamic VRAM as ComfyUI starts it, its native library replaced."""
+    library = {
+        "ModelVBAR": Vbar,
+        "vbar_fault": lambda allocation: None,
+        "vbar_unpin": lambda allocation: None,
+        "vbar_signature_compare": lambda one, other: False,
+        "vbars_analyze": lambda *device: 0,
+    }
+    with contextlib.ExitStack() as patches:
+        for patch in (
+            mock.patch.object(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcherDynamic),
+            mock.patch.multiple(comfy_aimdo.model_vbar, **library),
+            mock.patch.object(comfy_aimdo.host_buffer, "HostBuffer", mock.MagicMock()),
+            mock.patch.object(mm, "pinned_hostbuf_size", lambda size: 0, create=True),
+            mock.patch.object(comfy.pinned_memory, "pin_memory", lambda *module, **options: False),
+            mock.patch.object(comfy.pinned_memory, "get_pin", lambda *module, **options: None),
+        ):
+            patches.enter_context(patch)
+        yield
+
+
+def dynamic() -> dict:
+    """The patcher of dynamic VRAM. Not the safety checker: ComfyUI assigns ``.data`` of its bare parameters, which a
+    VramTensor cannot take."""
+    report = {}
+    for name in ("unet", "vae", "text_encoder", "t5"):
+        case, expected = build(name)
+        with fake_vram(ENOUGH), dynamic_vram():
+            managed = ComfyHost().manage(case.module, case.role)
+            rows = [observe(case, expected, managed)]
+            (vbar,) = managed.patcher.model.dynamic_vbars.values()
+            mm.unload_all_models()
+            left = len(in_vram(case.module))
+            rows.append(observe(case, expected, managed))
+            mm.unload_all_models()
+        report[name] = {
+            "rows": rows,
+            "in VRAM after unloading": left,
+            "staged": vbar.staged / managed.patcher.model_size(),
+            "dynamic": managed.patcher.is_dynamic(),
+        }
+    return report
+
+
 class Keeper:
     """Stands in for an InpaintModel: it keeps its modules."""
 
@@ -405,6 +489,8 @@ def host() -> dict:
 CHECKS = (
     placements,
     plain_modules_are_stranded,
+    loaded_by_others,
+    dynamic,
     eviction,
     repeated_loads,
     dropping_the_model,

@@ -4,7 +4,6 @@ import pytest
 from workspace import run_inside
 
 MODULES = ("unet", "vae", "text_encoder", "t5", "safety_checker")
-WITHOUT_A_CARD = "cpu"
 ON_THE_CARD = "meta"
 """The name of the pretended graphics card; see inside.VRAM."""
 
@@ -63,6 +62,26 @@ def test_the_check_for_stranded_tensors_can_fail(found, module):
     control = found["plain_modules_are_stranded"][module]
     assert control["stranded"] > 0
     assert "expected all tensors on one device" in control["error"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_stranded_when_someone_else_loads_the_patcher(found, module):
+    assert found["loaded_by_others"][module] == []
+
+
+@pytest.mark.parametrize("module", ["unet", "vae", "text_encoder", "t5"])
+def test_dynamic_vram_fetches_each_weight_when_it_is_used(found, module):
+    report = found["dynamic"][module]
+    assert report["dynamic"]
+    for row in report["rows"]:
+        assert_exact(row)
+    assert report["in VRAM after unloading"] == 0
+
+
+@pytest.mark.parametrize("module", ["unet", "vae"])
+def test_dynamic_vram_manages_the_weights_that_matter(found, module):
+    # layers below 16 KB are loaded at once, by ComfyUI's choice
+    assert found["dynamic"][module]["staged"] > 0.8
 
 
 def test_another_model_moves_ours_out_and_ours_moves_it(found):
