@@ -172,12 +172,11 @@ class MendDownloadModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, repo: str | None = None, revision: str | None = None, folder: str | None = None
-    ) -> bool | str:
+    def validate_inputs(cls, repo: str | None) -> bool | str:
+        # ComfyUI repeats a complaint for every input named here; revision and folder are checked first thing in pull
         try:
             if repo is not None:
-                check_names(repo.strip(), (revision or "").strip() or None, (folder or "").strip() or None)
+                check_names(repo.strip())
         except InputError as error:
             return str(error)
         return True

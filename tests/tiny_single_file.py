@@ -16,18 +16,23 @@ def original_state(pipeline, text_layout="clip"):
     ``text_layout``: "clip" (cond_stage_model.transformer.text_model.*), "bare_clip" (without text_model) or
     "open_clip" (fused projections and one layer more, as in SD2).
     """
-    unet, vae = pipeline.unet, pipeline.vae
+    state = original_state_of(pipeline.unet, pipeline.vae, pipeline.text_encoder, open_clip=text_layout == "open_clip")
+    if text_layout == "bare_clip":
+        state = {key.replace("transformer.text_model.", "transformer."): value for key, value in state.items()}
+    return {key: value.contiguous().clone() for key, value in state.items()}
+
+
+def original_state_of(unet, vae, text_encoder, open_clip=False):
     state = {
         **_renamed(unet.state_dict(), _inverse(ldm.unet_names(unet.config)), ldm.UNET_PREFIX),
         **_renamed(_convolved(vae.state_dict()), _inverse(ldm.vae_names(vae.config)), ldm.VAE_PREFIX),
     }
-    text = {key.removeprefix("text_model."): value for key, value in pipeline.text_encoder.state_dict().items()}
-    if text_layout == "open_clip":
-        state.update(_open_clip(text, pipeline.text_encoder.config))
+    text = {key.removeprefix("text_model."): value for key, value in text_encoder.state_dict().items()}
+    if open_clip:
+        state.update(_open_clip(text, text_encoder.config))
     else:
-        prefix = ldm.CLIP_PREFIX + ("text_model." if text_layout == "clip" else "")
-        state.update({prefix + key: value for key, value in text.items()})
-    return {key: value.contiguous().clone() for key, value in state.items()}
+        state.update({f"{ldm.CLIP_PREFIX}text_model.{key}": value for key, value in text.items()})
+    return state
 
 
 def save_single_file(path: Path, pipeline=None, *, dtype=torch.float32, text_layout="clip", extra=None, **options):

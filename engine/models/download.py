@@ -1,8 +1,8 @@
 """Fetches Stable Diffusion repositories from the Hugging Face hub: only what runs, only safetensors, hashes checked.
 
 A download grows in a hidden folder beside its destination and is renamed when everything in it has the right hash, so
-a half-finished model is never found. huggingface_hub gives the endpoint, the token and the addresses; the bytes are
-read here, because its own downloader can neither be stopped between chunks nor checks hashes.
+a half-finished model is never found. huggingface_hub gives the endpoint and the token; the bytes are read here,
+because its own downloader neither stops between chunks when asked to nor checks hashes.
 """
 
 from __future__ import annotations
@@ -248,9 +248,7 @@ class Hub:
     def open(self, repository: Repository, file: RemoteFile, start: int) -> HTTPResponse:
         """The content of a file from byte ``start`` on, or from 0 where the server cannot skip; may raise OSError and
         HTTPException for what another attempt may cure."""
-        from huggingface_hub import hf_hub_url
-
-        url = hf_hub_url(repository.id, file.path, revision=repository.commit, endpoint=self.endpoint)
+        url = f"{self.endpoint}/{repository.id}/resolve/{repository.commit}/{urllib.parse.quote(file.path)}"
         headers = {**self._headers, **({"Range": f"bytes={start}-"} if start else {})}
         try:
             return self._opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)

@@ -16,7 +16,7 @@ from comfyui_mend.engine.models.weight_files import DTYPES, choose_weights, read
 from comfyui_mend.engine.types import InputError, ModelFileError
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_model, tiny_pipeline
-from tiny_single_file import original_state, save_configs, save_single_file
+from tiny_single_file import original_state, original_state_of, save_configs, save_single_file
 
 SHIPPED = ("sd15", "sd15-inpaint", "sd2-base", "sd2-v", "sd2-inpaint")
 
@@ -690,6 +690,30 @@ def test_sd2_has_the_heads_of_its_paper():
     assert isinstance(unet.mid_block.attentions[0].proj_in, torch.nn.Linear)
     assert text_encoder.config.num_hidden_layers == 23
     assert text_encoder.config.hidden_act == "gelu"
+
+
+@pytest.mark.parametrize("name", ["sd15-inpaint", "sd2-v"])
+def test_a_single_file_of_full_size_loads_with_the_shipped_config(tmp_path, name):
+    """A sparse file of zeros under the published names: 2 GiB that take no room and are never read."""
+    configs = read_configs(CONFIGS / name)
+    with torch.device("meta"):
+        modules = (
+            load.build_unet(configs.unet),
+            load.build_vae(configs.vae),
+            load.build_text_encoder(configs.text_encoder),
+        )
+    shapes = {key: tuple(value.shape) for key, value in original_state_of(*modules, open_clip="sd2" in name).items()}
+    path = write_header(tmp_path / f"{name}.safetensors", shapes)
+    prediction_type = "v_prediction" if name == "sd2-v" else None
+    host = LocalHost(device=torch.device("cpu"), weights_dtype=torch.float16)
+    model = load_model(path, host, prediction_type=prediction_type)
+    loaded = (model.denoiser.module, model.vae.module, model.text_encoder.module)
+    for module, published in zip(loaded, modules, strict=True):
+        assert {key: value.shape for key, value in module.state_dict().items()} == {
+            key: value.shape for key, value in published.state_dict().items()
+        }
+    assert model.facts.native_size == (768 if name == "sd2-v" else 512)
+    assert model.tokenizer.pad_token == ("!" if "sd2" in name else "<|endoftext|>")
 
 
 # --- the menu
