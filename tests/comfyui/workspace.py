@@ -104,6 +104,8 @@ from packaging.requirements import Requirement
 
 for line in open(sys.argv[1]):
     requirement = Requirement(line.strip())
+    if requirement.marker and not requirement.marker.evaluate():
+        continue
     try:
         if metadata.version(requirement.name) in requirement.specifier:
             continue
