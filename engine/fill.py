@@ -212,11 +212,20 @@ def _fill_patchmatch(pixels: FloatArray, hole: Hole, options: _Options) -> Float
 
 def _patchmatch(pixels: FloatArray, hole: Hole, options: _Options) -> FloatArray:
     patch_match = _require_patchmatch()
-    # the search leaves black where a patch does not fit into the picture
-    radius = max(1, min(options.radius, (min(hole.shape) - 1) // 4))
+    # pictures that a few patches would cover are mirrored outwards first
+    frame = 4 * options.radius if min(hole.shape) < 4 * options.radius else 0
+    # black marks the pixels that no patch reached, so none may be black from the start
+    source = np.pad(np.maximum(_to_bytes(pixels), 1), ((frame, frame), (frame, frame), (0, 0)), mode="symmetric")
     with _patchmatch_lock:
         patch_match.set_random_seed(options.seed)
-        return _from_bytes(patch_match.inpaint(_to_bytes(pixels), hole, patch_size=radius))
+        found = patch_match.inpaint(source, np.pad(hole, frame, mode="symmetric"), patch_size=options.radius)
+    found = found[frame : frame + hole.shape[0], frame : frame + hole.shape[1]]
+    filled = _from_bytes(found)
+    missed = (found == 0).all(axis=-1)
+    if missed.any():
+        # where so little is known that no patch fits into it
+        filled[missed] = _fill_blur(pixels, hole, options)[missed]
+    return filled
 
 
 def _require_opencv(method: FillMethod) -> ModuleType:
