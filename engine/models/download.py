@@ -19,7 +19,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from http.client import HTTPException, HTTPResponse
@@ -212,7 +212,6 @@ class Hub:
     """The hub's HTTP interface, as far as it is needed here; errors come out as sentences."""
 
     def __init__(self, endpoint: str | None = None, token: str | None = None) -> None:
-        import certifi
         from huggingface_hub import constants, get_token
 
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
@@ -222,7 +221,10 @@ class Hub:
             self._headers["Authorization"] = f"Bearer {token}"
         context = ssl.create_default_context()
         # Python on macOS comes without certificates of its own
-        context.load_verify_locations(certifi.where())
+        with suppress(ImportError):
+            import certifi
+
+            context.load_verify_locations(certifi.where())
         self._opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context), _Redirects())
 
     def repository(self, repo: str, revision: str | None) -> Repository:
