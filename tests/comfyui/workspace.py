@@ -170,8 +170,8 @@ class Server:
         self._command = [
             workspace.python, "main.py", "--cpu", "--port", str(self.port), "--base-directory", base,
             "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK_FOLDER, "--disable-api-nodes",
-            "--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--preview-method", "latent2rgb",
-            *arguments,
+            "--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}",
+            "--disable-auto-launch", "--preview-method", "latent2rgb", *arguments,
         ]  # fmt: skip
 
     @property
