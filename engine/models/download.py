@@ -253,7 +253,8 @@ class Hub:
         url = f"{self.endpoint}/{repository.id}/resolve/{repository.commit}/{urllib.parse.quote(file.path)}"
         headers = {**self._headers, **({"Range": f"bytes={start}-"} if start else {})}
         try:
-            return self._opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+            response: HTTPResponse = self._opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+            return response
         except urllib.error.HTTPError as error:
             if error.code >= 500 or error.code == 429:
                 raise

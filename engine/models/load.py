@@ -148,13 +148,18 @@ def load_tokenizer(folder: Path | None, text_encoder: Mapping[str, Any]) -> Any:
 def build_unet(config: Mapping[str, Any]) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel.from_config(dict(config))
+    return _from_config(UNet2DConditionModel, config)
 
 
 def build_vae(config: Mapping[str, Any]) -> nn.Module:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL.from_config(dict(config))
+    return _from_config(AutoencoderKL, config)
+
+
+def _from_config(model_class: Any, config: Mapping[str, Any]) -> nn.Module:
+    module: nn.Module = model_class.from_config(dict(config))
+    return module
 
 
 def build_text_encoder(config: Mapping[str, Any]) -> nn.Module:
