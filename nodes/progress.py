@@ -1,0 +1,18 @@
+"""The progress bar of nodes that work through a batch picture by picture."""
+
+from __future__ import annotations
+
+from ..engine.masks import OnImage
+from .comfy_host import ComfyProgress
+
+
+def image_progress(description: str) -> OnImage:
+    """An ``on_image`` that moves the node's bar and stops when the user asks for it."""
+    bars: list[ComfyProgress] = []
+
+    def on_image(done: int, total: int) -> None:
+        if not bars:
+            bars.append(ComfyProgress(total, description))
+        bars[0].update(done)
+
+    return on_image
