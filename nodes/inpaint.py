@@ -84,13 +84,21 @@ class MendInpaint(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="The same seed makes the same picture. Picture i of a run uses seed + i.",
                 ),
-                io.Int.Input("count", default=1, min=1, max=64, tooltip="Pictures to make from each input picture."),
+                io.Int.Input(
+                    "count",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    tooltip="Pictures to make from each input picture.",
+                ),
                 io.Int.Input(
                     "width",
                     default=0,
                     min=0,
                     max=16384,
                     tooltip="Width of the result; 0 keeps the picture's own.",
+                    optional=True,
                     advanced=True,
                 ),
                 io.Int.Input(
@@ -99,6 +107,7 @@ class MendInpaint(io.ComfyNode):
                     min=0,
                     max=16384,
                     tooltip="Height of the result; 0 keeps the picture's own.",
+                    optional=True,
                     advanced=True,
                 ),
                 io.Combo.Input(
@@ -109,6 +118,7 @@ class MendInpaint(io.ComfyNode):
                         "auto: the model sees the mask's surroundings at its native size, which is fast and detailed."
                         " off: it sees the whole picture at its own size."
                     ),
+                    optional=True,
                     advanced=True,
                 ),
                 io.Combo.Input(
@@ -119,14 +129,15 @@ class MendInpaint(io.ComfyNode):
                         "diffusers: compute exactly what StableDiffusionInpaintPipeline would (resized to the model's"
                         " size, nothing pasted back, prompts literal and cut at 77 tokens), to reproduce its pictures."
                     ),
+                    optional=True,
                     advanced=True,
                 ),
                 io.Combo.Input(
                     "sigmas",
                     options=[option.value for option in Sigmas],
                     default=Sigmas.DEFAULT.value,
-                    optional=True,
                     tooltip="Spacing of the noise levels, for schedulers that have a choice.",
+                    optional=True,
                     advanced=True,
                 ),
             ],
@@ -161,11 +172,11 @@ class MendInpaint(io.ComfyNode):
         guidance_scale: float,
         strength: float,
         seed: int,
-        count: int,
-        width: int,
-        height: int,
-        crop: str,
-        compat: str,
+        count: int = 1,
+        width: int = 0,
+        height: int = 0,
+        crop: str = Crop.AUTO.value,
+        compat: str = Compat.OFF.value,
         sigmas: str = Sigmas.DEFAULT.value,
     ) -> io.NodeOutput:
         request = InpaintRequest(

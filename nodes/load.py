@@ -79,6 +79,7 @@ class MendLoadModel(io.ComfyNode):
                         "What the network was trained to predict. auto reads it from the model; set it where the"
                         " result is noise or washed out."
                     ),
+                    optional=True,
                     advanced=True,
                 ),
                 io.Combo.Input(
@@ -86,6 +87,7 @@ class MendLoadModel(io.ComfyNode):
                     options=list(PRECISIONS),
                     default=AUTO,
                     tooltip="Number format of the weights. auto is what ComfyUI would choose for this machine.",
+                    optional=True,
                     advanced=True,
                 ),
             ],
@@ -148,18 +150,21 @@ class MendDownloadModel(io.ComfyNode):
                     "revision",
                     default="",
                     tooltip="A branch, a tag or a commit; empty for the newest.",
+                    optional=True,
                     advanced=True,
                 ),
                 io.String.Input(
                     "folder",
                     default="",
                     tooltip="Name of the new folder in models/diffusers; empty for the repository's name.",
+                    optional=True,
                     advanced=True,
                 ),
                 io.Boolean.Input(
                     "safety_checker",
                     default=False,
                     tooltip="Fetch the repository's safety checker too (0.6 to 1.2 GB), where it has one.",
+                    optional=True,
                     advanced=True,
                 ),
             ],
