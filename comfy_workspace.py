@@ -10,6 +10,7 @@ import configparser
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from types import TracebackType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent
+PACK_FOLDER = "comfyui-mend"
 MARKERS = ("main.py", "nodes.py", "comfy", "comfy_extras")
 
 
@@ -64,6 +66,16 @@ def _configured_workspaces() -> list[Path]:
     return [Path(value) for value in values if value]
 
 
+def version_of(workspace: Path) -> str:
+    """As in comfyui_version.py."""
+    try:
+        text = (workspace / "comfyui_version.py").read_text()
+    except OSError:
+        return "of unknown version"
+    found = re.search(r'__version__ = "(.+)"', text)
+    return found.group(1) if found else "of unknown version"
+
+
 def python_of(workspace: Path) -> Path:
     """The interpreter that has ComfyUI's requirements: its own environment's, else this one."""
     for folder in (".venv", "venv"):
@@ -86,13 +98,13 @@ def missing_packages(workspace: Path, modules: Sequence[str]) -> list[str]:
 class Server:
     """A ComfyUI server with this pack as its only custom node, for as long as the ``with`` block lasts.
 
-    ``folder`` becomes its base directory (custom_nodes, input, output, temp, user); the models are those of ``models``,
-    or the workspace's own.
+    ``folder`` becomes its base directory (custom_nodes, input, output, models, temp, user).
     """
 
     workspace: Path
     folder: Path
-    models: Path | None = None
+    model_folders: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    """Where models are, by ComfyUI's names for their kinds, "checkpoints" for example."""
     arguments: Sequence[str] = ()
     start_timeout: float = 180.0
     port: int = field(default=0, init=False)
@@ -106,9 +118,13 @@ class Server:
         return (self.folder / "server.log").read_text(errors="replace")
 
     def __enter__(self) -> Server:
-        (self.folder / "custom_nodes").mkdir(parents=True, exist_ok=True)
-        _link(ROOT, self.folder / "custom_nodes" / "comfyui-mend")
-        _link(self.models or self.workspace / "models", self.folder / "models")
+        for name in ("custom_nodes", "input", "output", "models", "temp", "user"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        (self.folder / "custom_nodes" / PACK_FOLDER).symlink_to(ROOT, target_is_directory=True)
+        # JSON is YAML
+        paths = {kind: "\n".join(map(str, folders)) for kind, folders in self.model_folders.items()}
+        models = self.folder / "models.yaml"
+        models.write_text(json.dumps({"mend": {"base_path": str(self.folder), **paths}}))
         self.port = _free_port()
         with (self.folder / "server.log").open("wb") as log:
             self._process = subprocess.Popen(
@@ -116,7 +132,9 @@ class Server:
                     *(python_of(self.workspace), self.workspace / "main.py"),
                     *("--listen", "127.0.0.1", "--port", str(self.port)),
                     *("--base-directory", self.folder, "--database-url", "sqlite:///:memory:"),
-                    "--disable-auto-launch",
+                    *("--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK_FOLDER),
+                    *("--extra-model-paths-config", models),
+                    *("--disable-api-nodes", "--disable-auto-launch"),
                     *([] if _has_accelerator(self.workspace) else ["--cpu"]),
                     *self.arguments,
                 ],
@@ -204,11 +222,6 @@ def _outputs(entry: Mapping[str, Any]) -> dict[str, Any]:
         said = "; ".join(f"{e.get('node_type')}: {e.get('exception_message', '').strip()}" for e in errors)
         raise ServerError(f"The workflow failed: {said or status}")
     return dict(entry["outputs"])
-
-
-def _link(target: Path, name: Path) -> None:
-    if not name.exists():
-        name.symlink_to(target, target_is_directory=True)
 
 
 def _free_port() -> int:

