@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..engine.inpaint import inpaint
 from ..engine.schedulers import SCHEDULERS
-from ..engine.types import MAX_SEED, Compat, Crop, InpaintRequest, Sigmas
+from ..engine.types import MAX_SEED, Compat, Crop, InpaintRequest, InputError, Sigmas
 from .comfy_host import MendModel
 from .convert import ModelType
 
@@ -179,6 +179,9 @@ class MendInpaint(io.ComfyNode):
         compat: str = Compat.OFF.value,
         sigmas: str = Sigmas.DEFAULT.value,
     ) -> io.NodeOutput:
+        if not isinstance(model, MendModel):
+            # the host checks links only; an API graph can hold anything
+            raise InputError(f"model is {str(model)[:80]!r}; connect Load Model (Mend) to it.")
         request = InpaintRequest(
             image=image,
             mask=mask,

@@ -49,7 +49,7 @@ def load(path, **changes):
     workflow = json.loads(path.read_text())
     for node in workflow.values():
         for name, value in ({"steps": 3} | changes).items():
-            if name in node["inputs"]:
+            if not isinstance(node["inputs"].get(name, []), list):  # lists are links
                 node["inputs"][name] = value
     return workflow
 
@@ -102,18 +102,20 @@ def test_outside_the_mask_the_saved_picture_is_the_photo(client):
     assert (result[~kept] != original[~kept]).mean() > 0.5
 
 
-def test_the_node_gives_what_the_engine_gives(client):
+def test_the_node_gives_what_the_engine_gives(client, prepared):
     """Same model, photo, mask and seed through the server and through the engine in this process."""
     from comfyui_mend.engine.host import LocalHost
     from comfyui_mend.engine.inpaint import inpaint
+    from comfyui_mend.engine.models.load import load_model
     from comfyui_mend.engine.types import InpaintRequest
-    from tiny import engine_model, tiny_pipeline
 
+    host = LocalHost(torch.device("cpu"))
+    model = load_model(Path(prepared.base) / "models" / "diffusers" / MODEL, host)
     workflow = inpaint_workflow(grow=0, feather=0, fill_holes=False, prompt="a cat", negative_prompt="", seed=11)
     result = pixels(client.image(finished(client, workflow).images[0])).astype(int)
     image, mask = photo_and_mask()
     request = InpaintRequest(image=image, mask=mask, prompt="a cat", seed=11, steps=3)
-    ours = inpaint(request, engine_model(tiny_pipeline()), LocalHost(torch.device("cpu"))).images[0]
+    ours = inpaint(request, model, host).images[0]
     expected = (ours * 255).clamp(0, 255).to(torch.uint8).numpy().astype(int)  # SaveImage truncates
     assert abs(result - expected).max() <= 1
 
@@ -175,10 +177,23 @@ def test_an_unpainted_mask_is_refused_in_one_sentence(client):
     Image.new("RGB", (200, 160), "red").save(buffer, "PNG")
     name = client.upload_image("unpainted.png", buffer.getvalue())
     workflow = inpaint_workflow(image=name, fill_holes=False, grow=0, feather=0)
-    workflow["4"]["inputs"].update(image=["1", 0], mask=["1", 1])
     run = client.run(workflow)
     assert run.status == "error"
     assert "No mask is painted" in run.error["exception_message"]
+
+
+def test_a_model_name_in_place_of_a_loaded_model_is_explained(client):
+    workflow = inpaint_workflow()
+    workflow["4"]["inputs"]["model"] = MODEL
+    run = client.run(workflow)
+    assert "connect Load Model (Mend)" in run.error["exception_message"]
+
+
+def test_an_api_graph_may_leave_out_what_has_a_default(client):
+    workflow = inpaint_workflow()
+    for name in ("count", "width", "height", "crop", "compat", "sigmas"):
+        workflow["4"]["inputs"].pop(name, None)
+    finished(client, workflow)
 
 
 def test_bad_constants_are_refused_before_anything_runs(client):
