@@ -32,7 +32,7 @@ MIN_CONTEXT = 64
 """The same in pixels, at least."""
 MAX_AREA = 1536 * 1024
 """Pixels PatchMatch works on at once: beyond it first the surroundings are cut, then the resolution (seconds each)."""
-RELAXATIONS = 8
+RELAXATIONS = 4
 """Jacobi sweeps on each level of the blur pyramid."""
 
 # the native library keeps its seed in a global

@@ -188,10 +188,12 @@ def _dilate_disk(array: npt.NDArray, radius: float) -> npt.NDArray:
     """Flat dilation by the pixels within ``radius``, row by row of the disk; exact, in steps linear in it."""
     result = array.copy()
     row = array.copy()  # dilated by the horizontal span -reach..reach
+    before = np.empty_like(row)
     reach = 0
     for dy, span in _disk_rows(radius):
         while reach < span:
-            _raise_to_shifted(row, row.copy(), 1, axis=1)
+            np.copyto(before, row)
+            _raise_to_shifted(row, before, 1, axis=1)
             reach += 1
         if dy == 0:
             np.maximum(result, row, out=result)
@@ -274,6 +276,10 @@ def _distance(solid: npt.NDArray[np.bool_]) -> FloatArray:
 
 
 def _fill_holes(array: FloatArray) -> FloatArray:
+    peak = array.max()
+    solid = array == peak
+    if (solid | (array == 0)).all():
+        return np.where(_enclosed(solid), peak, np.float32(0))
     levels = np.unique(array[array > 0])
     if len(levels) > HOLE_LEVELS:
         levels = levels[-1] * np.arange(1, HOLE_LEVELS + 1, dtype=np.float32) / HOLE_LEVELS
