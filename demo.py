@@ -431,7 +431,7 @@ def _bytes_of(path: Path) -> int:
 
 
 def _random_model(scratch: Path) -> Model:
-    """Stable Diffusion's inpainting model for 256 pixels, narrow and untrained, as a diffusers folder like any other."""
+    """Stable Diffusion's inpainting model for 256 pixels, narrow and untrained, as a diffusers folder."""
     from transformers.utils import logging
 
     folder = scratch / RANDOM_MODEL
