@@ -191,9 +191,12 @@ class ComfyRunner:
         return Client(self.server.address)
 
     def _inputs(self, image: Tensor, mask: Tensor, options: MaskOptions) -> dict[str, Any]:
+        # as RGB: ComfyUI reads the white of a greyscale PNG as 254
         return {
             "image": _node("LoadImage", image=self._input("image.png", image)),
-            "mask": _node("LoadImageMask", image=self._input("mask.png", mask[..., None]), channel="red"),
+            "mask": _node(
+                "LoadImageMask", image=self._input("mask.png", mask[..., None].expand(-1, -1, -1, 3)), channel="red"
+            ),
             "prepared": _node("MendPrepareMask", mask=["mask", 0], **vars(options)),
         }
 

@@ -1,7 +1,6 @@
 """The demo by way of a real ComfyUI makes the pictures that the engine makes alone."""
 
 import torch
-
 from comfyui_mend import demo
 from comfyui_mend.engine.files import read_image
 from comfyui_mend.engine.host import LocalHost
