@@ -92,6 +92,37 @@ def test_every_workflow_yields_its_picture(client, path):
     assert picture.ndim == 3 and picture.std() > 1
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_two_forms_of_a_workflow_say_the_same(client, path):
+    graph = json.loads((ROOT / "workflows" / path.name).read_text())
+    assert Image.open((ROOT / "workflows" / path.name).with_suffix(".jpg")).format == "JPEG"
+    info = client.object_info()
+    sources = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
+    drawn = {str(node["id"]): node for node in graph["nodes"] if node["type"] != "MarkdownNote"}
+    workflow = json.loads(path.read_text())
+    assert drawn.keys() == workflow.keys()
+    for key, node in workflow.items():
+        assert drawn[key]["type"] == node["class_type"]
+        links = {i["name"]: sources[i["link"]] for i in drawn[key]["inputs"] if i["link"] is not None}
+        values = widget_values(drawn[key], info[node["class_type"]])
+        assert links == {name: value for name, value in node["inputs"].items() if isinstance(value, list)}
+        for name, value in node["inputs"].items():
+            assert isinstance(value, list) or values[name] == value, (key, name)
+
+
+def widget_values(node, info):
+    """Values by widget name; the frontend saves them as a list, with its own widgets after some."""
+    values = iter(node.get("widgets_values", []))
+    named = {}
+    for section in ("required", "optional"):
+        for name, (kind, *options) in info["input"].get(section, {}).items():
+            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                named[name] = next(values, None)
+                if options and options[0].get("control_after_generate"):
+                    next(values)
+    return named
+
+
 def test_outside_the_mask_the_saved_picture_is_the_photo(client):
     image, mask = photo_and_mask()
     workflow = inpaint_workflow(grow=0, feather=0, fill_holes=False)
