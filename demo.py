@@ -87,8 +87,8 @@ class Runner(Protocol):
         """Prepare the mask and repaint it from a prompt: (picture, mask used)."""
         ...
 
-    def score(self, image: Tensor) -> float:
-        """The safety checker's, 0..1."""
+    def score(self, image: Tensor) -> float | None:
+        """The safety checker's, 0..1; None where it is not installed."""
         ...
 
 
@@ -114,8 +114,11 @@ class EngineRunner:
         request = InpaintRequest(image=image, mask=prepared, prompt=edit.prompt, steps=edit.steps, seed=edit.seed)
         return inpaint(request, model, self.host).images, prepared
 
-    def score(self, image: Tensor) -> float:
-        checker = load_safety_checker(BUILT_IN, self.host)
+    def score(self, image: Tensor) -> float | None:
+        try:
+            checker = load_safety_checker(BUILT_IN, self.host)
+        except MissingPackageError:  # there is none for Python 3.10
+            return None
         return check(image, checker, action=SafetyAction.PASS).scores[0].score
 
 
@@ -175,7 +178,7 @@ class ComfyRunner:
             }
         )
 
-    def score(self, image: Tensor) -> float:
+    def score(self, image: Tensor) -> float | None:
         outputs = self._client.run(
             {
                 "image": _node("LoadImage", image=self._input("image.png", image)),
@@ -255,7 +258,7 @@ class Scene:
     """Where ``before`` lies in ``after``."""
     warning: str = ""
     seconds: float = 0.0
-    score: float = 0.0
+    score: float | None = None
 
     @property
     def change_outside(self) -> float:
@@ -352,9 +355,13 @@ def run(out: Path, host: LocalHost, *, say: Callable[[str], None], engine_only: 
 def _summary(scene: Scene) -> str:
     facts = (
         f"{scene.title:18}{scene.seconds:5.1f} s   largest change outside the mask: {scene.change_outside:g}"
-        f"   safety score: {scene.score:.3f}"
+        f"   safety score: {_score_text(scene)}"
     )
     return f"{facts}   ({scene.warning})" if scene.warning else facts
+
+
+def _score_text(scene: Scene) -> str:
+    return "checker not installed" if scene.score is None else f"{scene.score:.3f}"
 
 
 def _photos() -> Callable[[str], Tensor]:
@@ -478,7 +485,7 @@ def _save_sheet(out: Path, scenes: Sequence[Scene], runner: str) -> Path:
         for scene in scenes
     ]
     worst = max(scene.change_outside for scene in scenes)
-    scores = ",  ".join(f"{scene.title.lower()} {scene.score:.3f}" for scene in scenes)
+    scores = ",  ".join(f"{scene.title.lower()} {_score_text(scene)}" for scene in scenes)
     sheet = contact_sheet.draw(
         "Mend",
         f"changes what you masked, and nothing else  ·  made by {runner}",

