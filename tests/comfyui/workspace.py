@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib import error, parse, request
 
+import coverage_inside
 from conftest import ROOT
 
 HERE = Path(__file__).resolve().parent
@@ -125,7 +126,7 @@ def run_inside(workspace: Workspace, script: str | Path, *arguments: object, tim
 
     The script calls inside.boot() first.
     """
-    environment = {**os.environ, "COMFYUI_PATH": str(workspace.path)}
+    environment = {**os.environ, **coverage_inside.environment(), "COMFYUI_PATH": str(workspace.path)}
     script = HERE / script
     done = subprocess.run(
         [workspace.python, script, *map(str, arguments)],
@@ -189,7 +190,7 @@ class Server:
                 cwd=self.workspace.path,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **coverage_inside.environment(), "PYTHONUNBUFFERED": "1"},
                 **group,
             )
         try:
