@@ -231,16 +231,16 @@ def _list_models(arguments: argparse.Namespace) -> Report:
 
 
 def _pull_model(arguments: argparse.Namespace) -> Report:
-    from .engine.models.download import pull
+    from .engine.models.download import DownloadBar, pull
 
     with _clock("download") as timings:
-        path = pull(
+        pulled = pull(
             arguments.repo,
             arguments.to or _download_folder(arguments),
-            progress=_host(arguments).progress,
+            progress=DownloadBar(_host(arguments)),
             revision=arguments.revision,
         )
-    return {"path": str(path), "timings": _rounded(timings)}
+    return {"path": str(pulled.path), "notices": list(pulled.notices), "timings": _rounded(timings)}
 
 
 def demo_command(arguments: argparse.Namespace) -> Report:
@@ -427,7 +427,7 @@ def model_roots(arguments: argparse.Namespace) -> list[Path]:
             raise InputError(f"There is no folder {folder}; check --models-dir.")
     variable = [Path(part).expanduser() for part in os.environ.get(MODELS_VARIABLE, "").split(os.pathsep) if part]
     workspace = find_workspace()
-    candidates = [*arguments.models_dir, *variable, *([workspace / "models"] if workspace else []), Path("models")]
+    candidates = [*arguments.models_dir, *variable, *([workspace.path / "models"] if workspace else []), Path("models")]
     return list(dict.fromkeys(folder.resolve() for folder in candidates if folder.is_dir()))
 
 

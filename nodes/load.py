@@ -10,10 +10,10 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..engine.models.detect import PREDICTION_TYPES
-from ..engine.models.download import Downloaded, Variant, check_names, pull
+from ..engine.models.download import DownloadBar, Variant, check_names, pull
 from ..engine.models.load import CONFIG_SUFFIX, find_models, load_model
 from ..engine.types import InputError, ModelFileError
-from .comfy_host import ComfyHost, ComfyProgress, MendModel
+from .comfy_host import ComfyHost, MendModel
 from .convert import ModelType
 
 log = logging.getLogger("mend")
@@ -25,7 +25,6 @@ FOLDERS_HINT = (
     "put a diffusers folder into models/diffusers or a .safetensors checkpoint into models/checkpoints and reload the"
     " page, or use Download Model (Mend)"
 )
-MIB = 2**20
 
 # weak: a model that no output holds leaves memory, as ComfyUI's cache expects
 _loaded: WeakValueDictionary[tuple[Path, str, str, str], MendModel] = WeakValueDictionary()
@@ -197,7 +196,7 @@ class MendDownloadModel(io.ComfyNode):
         pulled = pull(
             repo.strip(),
             folders[0],
-            _DownloadBar(host),
+            DownloadBar(host),
             revision.strip() or None,
             variant=Variant(variant),
             folder=folder.strip() or None,
@@ -207,24 +206,6 @@ class MendDownloadModel(io.ComfyNode):
             log.warning("Mend: %s", notice)
         text = "\n".join((*pulled.notices, f"{pulled.path.name} is in {pulled.path.parent}."))
         return io.NodeOutput(load_shared(pulled.path), pulled.path.name, ui=ui.PreviewText(text))
-
-
-class _DownloadBar:
-    """Shows a download on the node, in MiB, and stops it when the user does."""
-
-    def __init__(self, host: ComfyHost) -> None:
-        self._host = host
-        self._bar: ComfyProgress | None = None
-        self._shown = -1
-
-    def __call__(self, downloaded: Downloaded) -> None:
-        self._host.check_interrupt()
-        if self._bar is None:
-            self._bar = self._host.progress(-(-downloaded.bytes_total // MIB), "download, MiB")
-        done = -(-downloaded.bytes_done // MIB)
-        if done != self._shown:
-            self._shown = done
-            self._bar.update(done)
 
 
 NODES = [MendLoadModel, MendDownloadModel]
