@@ -6,7 +6,7 @@ ComfyUI imports this file under a name of its own and calls comfy_entrypoint; no
 WEB_DIRECTORY = "./web"
 
 
-async def comfy_entrypoint():  # type: ignore[no-untyped-def]
+async def comfy_entrypoint() -> object:
     import logging
 
     try:

@@ -1,7 +1,8 @@
 """A ComfyUI on this machine: where it is, a private server of it with this pack inside, and a client for its API.
 
-Only the standard library, so that the command line can look for a workspace's models at once. Nothing in the
-workspace is written to: the server gets a folder of its own for custom nodes, inputs, outputs and settings.
+Only the standard library, so that the command line can look for a workspace's models at once. The server gets a folder
+of its own for custom nodes, inputs, outputs and settings; all that may change in the workspace is that its Python gets
+the pack's requirements.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -23,19 +27,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ROOT = Path(__file__).resolve().parent
 PACK_FOLDER = "comfyui-mend"
 MARKERS = ("main.py", "nodes.py", "comfy", "comfy_extras")
+START_SECONDS = 180
+STOP_SECONDS = 30
+# Windows can only signal a group of processes
+_NEW_GROUP: int = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+_STOP_SIGNAL: int = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT)
 
 
 class ServerError(Exception):
     """The server did not start, refused a workflow or failed at running it; the message says which and why."""
 
 
-def find_workspace() -> Path | None:
-    """The ComfyUI folder: COMFYUI_PATH, else comfy-cli's default or most recent workspace, else where it installs.
+@dataclass(frozen=True)
+class Workspace:
+    """A ComfyUI folder and the interpreter it runs with."""
+
+    path: Path
+    python: Path
+    version: str
+
+
+def find_workspace() -> Workspace | None:
+    """The ComfyUI of COMFYUI_PATH, else comfy-cli's default or most recent workspace, else where it installs.
 
     A COMFYUI_PATH that is set is final: empty, or naming no ComfyUI, means there is none.
     """
@@ -48,8 +69,11 @@ def find_workspace() -> Path | None:
     return next(filter(None, map(_as_workspace, candidates)), None)
 
 
-def _as_workspace(folder: Path) -> Path | None:
-    return folder.resolve() if all((folder / marker).exists() for marker in MARKERS) else None
+def _as_workspace(folder: Path) -> Workspace | None:
+    if not all((folder / marker).exists() for marker in MARKERS):
+        return None
+    folder = folder.resolve()
+    return Workspace(folder, _python_of(folder), _version_of(folder))
 
 
 def _configured_workspaces() -> list[Path]:
@@ -66,119 +90,174 @@ def _configured_workspaces() -> list[Path]:
     return [Path(value) for value in values if value]
 
 
-def version_of(workspace: Path) -> str:
+def _version_of(folder: Path) -> str:
     """As in comfyui_version.py."""
     try:
-        text = (workspace / "comfyui_version.py").read_text()
+        text = (folder / "comfyui_version.py").read_text()
     except OSError:
         return "of unknown version"
     found = re.search(r'__version__ = "(.+)"', text)
     return found.group(1) if found else "of unknown version"
 
 
-def python_of(workspace: Path) -> Path:
+def _python_of(folder: Path) -> Path:
     """The interpreter that has ComfyUI's requirements: its own environment's, else this one."""
-    for folder in (".venv", "venv"):
+    for environment in (".venv", "venv"):
         for name in ("bin/python", "Scripts/python.exe"):
-            if (workspace / folder / name).exists():
-                return workspace / folder / name
+            if (folder / environment / name).exists():
+                return folder / environment / name
     return Path(sys.executable)
 
 
-def missing_packages(workspace: Path, modules: Sequence[str]) -> list[str]:
-    """Those of ``modules`` that ComfyUI's interpreter cannot find."""
-    probe = "import sys; from importlib.util import find_spec; print(*[m for m in sys.argv[1:] if not find_spec(m)])"
-    found = subprocess.run(
-        [python_of(workspace), "-c", probe, *modules], capture_output=True, text=True, check=True, timeout=60
-    )
-    return found.stdout.split()
+def missing_requirements(workspace: Workspace) -> list[str]:
+    """The lines of the pack's requirements.txt that ComfyUI's Python does not meet."""
+    return _inside(workspace, _MISSING, str(ROOT / "requirements.txt")).splitlines()
+
+
+def install_requirements(workspace: Workspace) -> None:
+    """Install requirements.txt with ComfyUI's own pip, as ComfyUI Manager does; its torch stays what it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder) / "constraints.txt"
+        constraints.write_text(_inside(workspace, "import torch; print('torch==' + torch.__version__)"))
+        install: list[str | Path] = [workspace.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        done = subprocess.run(
+            [*install, "--requirement", ROOT / "requirements.txt", "--constraint", constraints],
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode != 0:
+        raise ServerError(f"The requirements could not be installed into {workspace.path}:\n{done.stderr[-2000:]}")
+
+
+_MISSING = """
+import sys
+from importlib import metadata
+from packaging.requirements import Requirement
+
+for line in open(sys.argv[1]):
+    requirement = Requirement(line.strip())
+    if requirement.marker and not requirement.marker.evaluate():
+        continue
+    try:
+        if metadata.version(requirement.name) in requirement.specifier:
+            continue
+    except metadata.PackageNotFoundError:
+        pass
+    print(requirement)
+"""
+
+
+def _inside(workspace: Workspace, code: str, *arguments: str) -> str:
+    command: list[str | Path] = [workspace.python, "-c", code, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.strip()
 
 
 @dataclass
 class Server:
     """A ComfyUI server with this pack as its only custom node, for as long as the ``with`` block lasts.
 
-    ``folder`` becomes its base directory (custom_nodes, input, output, models, temp, user).
+    ``base`` becomes its base directory (custom_nodes, input, output, models, temp, user).
     """
 
-    workspace: Path
-    folder: Path
-    model_folders: Mapping[str, Sequence[Path]] = field(default_factory=dict)
-    """Where models are, by ComfyUI's names for their kinds, "checkpoints" for example."""
+    workspace: Workspace
+    base: Path
     arguments: Sequence[str] = ()
-    start_timeout: float = 180.0
-    port: int = field(default=0, init=False)
+    model_folders: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    """Where more models are, by ComfyUI's names for their kinds, "checkpoints" for example."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Added to this process's."""
+    link: bool = True
+    """Put this checkout into custom_nodes; else whatever lies there already is the pack."""
+    port: int = field(default_factory=lambda: _free_port())
 
     @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def log(self) -> str:
-        return (self.folder / "server.log").read_text(errors="replace")
+        return (self.base / "server.log").read_text(errors="replace")
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         for name in ("custom_nodes", "input", "output", "models", "temp", "user"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        (self.folder / "custom_nodes" / PACK_FOLDER).symlink_to(ROOT, target_is_directory=True)
-        # JSON is YAML
-        paths = {kind: "\n".join(map(str, folders)) for kind, folders in self.model_folders.items()}
-        models = self.folder / "models.yaml"
-        models.write_text(json.dumps({"mend": {"base_path": str(self.folder), **paths}}))
-        self.port = _free_port()
-        with (self.folder / "server.log").open("wb") as log:
+            (self.base / name).mkdir(parents=True, exist_ok=True)
+        if self.link:
+            _install_pack(self.base / "custom_nodes")
+        with (self.base / "server.log").open("wb") as log:
             self._process = subprocess.Popen(
-                [
-                    *(python_of(self.workspace), self.workspace / "main.py"),
-                    *("--listen", "127.0.0.1", "--port", str(self.port)),
-                    *("--base-directory", self.folder, "--database-url", "sqlite:///:memory:"),
-                    *("--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK_FOLDER),
-                    *("--extra-model-paths-config", models),
-                    *("--disable-api-nodes", "--disable-auto-launch"),
-                    *([] if _has_accelerator(self.workspace) else ["--cpu"]),
-                    *self.arguments,
-                ],
-                cwd=self.workspace,
+                self._command(),
+                cwd=self.workspace.path,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
+                creationflags=_NEW_GROUP,
             )
         try:
             self._wait_until_ready()
         except BaseException:
-            self._stop()
+            self._process.kill()
+            self._process.wait()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stop()
+        self.stop()
+
+    def _command(self) -> list[str | Path]:
+        # JSON is YAML
+        paths = {kind: "\n".join(map(str, folders)) for kind, folders in self.model_folders.items()}
+        models = self.base / "models.yaml"
+        models.write_text(json.dumps({"mend": {"base_path": str(self.base), **paths}}))
+        # every flag is known to ComfyUI 0.16 and later; threads of the oldest do not share a database in memory
+        return [
+            *(self.workspace.python, self.workspace.path / "main.py"),
+            *("--listen", "127.0.0.1", "--port", str(self.port)),
+            *("--base-directory", self.base, "--database-url", f"sqlite:///{self.base / 'comfyui.db'}"),
+            *("--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK_FOLDER),
+            *("--extra-model-paths-config", models),
+            *("--disable-api-nodes", "--disable-auto-launch"),
+            *([] if _has_accelerator(self.workspace) else ["--cpu"]),
+            *self.arguments,
+        ]
 
     def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + self.start_timeout
+        deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise ServerError(f"ComfyUI stopped while starting:\n{self.log[-2000:]}")
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{self.address}/system_stats", timeout=5):
+                raise ServerError(f"ComfyUI stopped while starting:\n{self.log[-6000:]}")
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/object_info", timeout=30):
                 return
             time.sleep(0.2)
-        raise ServerError(f"ComfyUI did not answer within {self.start_timeout:.0f} s:\n{self.log[-2000:]}")
+        raise ServerError(f"ComfyUI did not answer within {START_SECONDS} s:\n{self.log[-6000:]}")
 
-    def _stop(self) -> None:
-        self._process.terminate()
+    def stop(self) -> int:
+        """Ctrl-C, as a person would; the exit code. A server that does not listen is killed."""
+        if self._process.poll() is None:
+            self._process.send_signal(_STOP_SIGNAL)
         try:
-            self._process.wait(timeout=20)
+            return self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            return self._process.wait()
+
+
+def _install_pack(custom_nodes: Path) -> None:
+    """The pack in a custom_nodes folder: a link, or on a system without links a copy."""
+    target = custom_nodes / PACK_FOLDER
+    try:
+        target.symlink_to(ROOT, target_is_directory=True)
+    except OSError:
+        shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".*", "tests", "demo-output", "__pycache__"))
 
 
 @dataclass(frozen=True)
 class Client:
     """ComfyUI's HTTP API, as far as queueing a workflow and fetching its pictures needs it."""
 
-    address: str
+    url: str
 
     def run(self, workflow: Mapping[str, Any], timeout: float = 600.0) -> dict[str, Any]:
         """Queue ``workflow`` (API format), wait for it, and return its outputs by node id."""
@@ -194,25 +273,22 @@ class Client:
 
     def picture(self, reference: Mapping[str, str]) -> bytes:
         """The file behind one entry of an output's ``images``."""
-        with urllib.request.urlopen(self._url(f"/view?{urllib.parse.urlencode(reference)}"), timeout=60) as reply:
+        with urllib.request.urlopen(f"{self.url}/view?{urllib.parse.urlencode(reference)}", timeout=60) as reply:
             return reply.read()
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self._url(path), timeout=60) as reply:
+        with urllib.request.urlopen(self.url + path, timeout=60) as reply:
             return json.load(reply)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         request = urllib.request.Request(
-            self._url(path), json.dumps(body).encode(), {"Content-Type": "application/json"}
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
             with urllib.request.urlopen(request, timeout=60) as reply:
                 return json.loads(reply.read() or b"null")
         except urllib.error.HTTPError as error:
             raise ServerError(f"ComfyUI refused {path}: {error.read().decode(errors='replace')}") from error
-
-    def _url(self, path: str) -> str:
-        return f"http://{self.address}{path}"
 
 
 def _outputs(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,7 +306,6 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _has_accelerator(workspace: Path) -> bool:
+def _has_accelerator(workspace: Workspace) -> bool:
     probe = "import torch as t; print(t.cuda.is_available() or t.backends.mps.is_available() or t.xpu.is_available())"
-    found = subprocess.run([python_of(workspace), "-c", probe], capture_output=True, text=True, timeout=120)
-    return found.stdout.strip() == "True"
+    return _inside(workspace, probe) == "True"

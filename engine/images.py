@@ -14,6 +14,8 @@ from .types import InputError, Size
 
 PLACEHOLDER = Size(64, 64)
 """ComfyUI's LoadImage gives an all-zero mask of this size for a picture without alpha."""
+NEARLY = 4 / 255
+"""Mask values closer than this to 0 or 1 are taken for them."""
 ASPECT_TOLERANCE = 0.02
 """Relative difference of aspect ratio up to which a mask of another size is taken for a resized one."""
 
@@ -77,7 +79,10 @@ def pair(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def as_mask_batch(mask: Tensor) -> Tensor:
-    """A mask in any of ComfyUI's shapes -> float32 [B, H, W] in 0..1, of whatever size it is."""
+    """A mask in any of ComfyUI's shapes -> float32 [B, H, W] in 0..1, of whatever size it is.
+
+    Values within NEARLY of 0 and 1 become 0 and 1.
+    """
     shape = "x".join(map(str, mask.shape))
     if mask.ndim == 2:
         mask = mask[None]
@@ -97,7 +102,13 @@ def as_mask_batch(mask: Tensor) -> Tensor:
     low, high = float(mask.min()), float(mask.max())
     if low < -1e-3 or high > 1 + 1e-3:
         raise InputError(f"The mask's values run from {low:.3g} to {high:.3g}; they must lie in 0..1 (1 = repaint).")
-    return mask.clamp(0, 1) if low < 0 or high > 1 else mask
+    return _settle(mask)
+
+
+def _settle(mask: Tensor) -> Tensor:
+    """Nearly 0 is 0 and nearly 1 is 1: JPEG noise must not move the crop or touch the picture, and the white of a grey
+    PNG, which some readers give as 254, must cover it."""
+    return torch.where(mask < NEARLY, 0.0, torch.where(mask > 1 - NEARLY, 1.0, mask))
 
 
 def _fit_mask(mask: Tensor, size: Size) -> Tensor:

@@ -22,9 +22,6 @@ from .sampling import Canvas, Stopwatch, decode_pixels, denoise, encode_guidance
 from .schedulers import Schedule
 from .types import MAX_SEED, Compat, Crop, InpaintRequest, InpaintResult, Size
 
-MASK_FLOOR = 4 / 255
-"""Mask values below it count as 0: JPEG noise must not move the crop or touch the picture."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -90,7 +87,7 @@ def normalise(request: InpaintRequest) -> InpaintRequest:
     if request.compat is Compat.OFF and (request.width or request.height):
         size = Size(request.width or own.width, request.height or own.height)
         image, mask = images.resize(image, size), images.resize_mask(mask, size)
-    return replace(request, image=image, mask=torch.where(mask < MASK_FLOOR, 0.0, mask))
+    return replace(request, image=image, mask=mask)
 
 
 def seeds_of(request: InpaintRequest) -> tuple[int, ...]:

@@ -93,20 +93,27 @@ def test_the_smallest_usable_model_at_hand_is_taken(tmp_path):
     assert demo.smallest_model(LocalHost()) is None
 
 
-def test_a_comfyui_without_the_packs_requirements_is_passed_over_aloud(tmp_path, monkeypatch):
+def test_a_comfyui_gets_what_the_pack_requires_and_is_passed_over_aloud_if_it_cannot(tmp_path, monkeypatch):
     for name in ("comfy", "comfy_extras"):
         (tmp_path / name).mkdir()
     for name in ("main.py", "nodes.py"):
         (tmp_path / name).write_text("")
     said = []
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
-    monkeypatch.setattr(demo, "PACKAGES", ("json", "a_package_nobody_has"))
+    monkeypatch.setattr(demo, "missing_requirements", lambda workspace: [])
+    assert demo._find_comfyui(said.append).path == tmp_path and not said
+
+    def refuse(workspace):
+        raise ServerError("no room")
+
+    monkeypatch.setattr(demo, "missing_requirements", lambda workspace: ["diffusers>=0.35"])
+    monkeypatch.setattr(demo, "install_requirements", refuse)
     assert demo._find_comfyui(said.append) is None
-    assert "lacks a_package_nobody_has" in said[0]
-    monkeypatch.setattr(demo, "PACKAGES", ("json",))
-    assert demo._find_comfyui(said.append) == tmp_path
+    assert "Installing diffusers>=0.35" in said[0] and "no room" in said[1]
+    monkeypatch.setattr(demo, "install_requirements", lambda workspace: None)
+    assert demo._find_comfyui(said.append).path == tmp_path
     monkeypatch.setenv("COMFYUI_PATH", "")
-    assert demo._find_comfyui(said.append) is None and "No ComfyUI was found" in said[1]
+    assert demo._find_comfyui(said.append) is None and "No ComfyUI was found" in said[-1]
 
 
 def test_without_scikit_image_the_command_says_what_to_install(monkeypatch, capsys, tmp_path):

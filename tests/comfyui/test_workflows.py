@@ -1,6 +1,5 @@
 """Every shipped workflow, and MendInpaint's promises, on a real ComfyUI over HTTP and websocket."""
 
-import copy
 import io
 import json
 from pathlib import Path
@@ -64,23 +63,14 @@ def finished(client, workflow):
     return run
 
 
-def test_the_pack_is_imported_and_every_node_is_listed(client, prepared):
-    nodes = client.object_info()
-    for name in (
-        "MendLoadModel",
-        "MendDownloadModel",
-        "MendPrepareMask",
-        "MendOutpaintPad",
-        "MendFill",
-        "MendInpaint",
-        "MendLoadSafetyChecker",
-        "MendSafetyCheck",
-    ):
-        assert nodes[name]["category"] == "Mend"
-        assert nodes[name]["description"]
-        required = nodes[name]["input"].get("required", {}) | nodes[name]["input"].get("optional", {})
-        assert all(options[-1].get("tooltip") for options in required.values()), name
-    assert "IMPORT FAILED" not in prepared.log
+def test_every_node_and_input_explains_itself(client):
+    mend = {name: node for name, node in client.object_info().items() if name.startswith("Mend")}
+    for name, node in mend.items():
+        assert node["category"] == "Mend" and node["description"] and node["search_aliases"]
+        inputs = node["input"].get("required", {}) | node["input"].get("optional", {})
+        assert all(options[-1].get("tooltip") for options in inputs.values()), name
+        assert all(node["output_tooltips"]), name
+        assert (ROOT / "web" / "docs" / f"{name}.md").is_file()
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -123,16 +113,6 @@ def widget_values(node, info):
     return named
 
 
-def test_outside_the_mask_the_saved_picture_is_the_photo(client):
-    image, mask = photo_and_mask()
-    workflow = inpaint_workflow(grow=0, feather=0, fill_holes=False)
-    result = pixels(client.image(finished(client, workflow).images[0]))
-    original = (image[0] * 255).round().to(torch.uint8).numpy()
-    kept = mask[0].numpy() == 0
-    assert np.array_equal(result[kept], original[kept])
-    assert (result[~kept] != original[~kept]).mean() > 0.5
-
-
 def test_the_node_gives_what_the_engine_gives(client, prepared):
     """Same model, photo, mask and seed through the server and through the engine in this process."""
     from comfyui_mend.engine.host import LocalHost
@@ -149,42 +129,6 @@ def test_the_node_gives_what_the_engine_gives(client, prepared):
     ours = inpaint(request, model, host).images[0]
     expected = (ours * 255).clamp(0, 255).to(torch.uint8).numpy().astype(int)  # SaveImage truncates
     assert abs(result - expected).max() <= 1
-
-
-def test_progress_events_and_previews_arrive(client):
-    run = finished(client, inpaint_workflow(steps=7, seed=21))
-    assert [value for value, maximum in run.progress if maximum == 7] == list(range(1, 8))
-    assert len(run.previews) >= 1
-    assert all(Image.open(io.BytesIO(preview)).size for preview in run.previews)
-
-
-def test_interrupt_stops_within_a_step_and_the_next_job_runs(client):
-    workflow = inpaint_workflow(steps=500, seed=22, guidance_scale=7.5)
-    seen = []
-
-    def stop(event):
-        if event.type == "progress" and event.data["max"] == 500:
-            seen.append(event.data["value"])
-            if len(seen) == 3:
-                client.interrupt()
-
-    run = client.wait(client.queue(workflow), on_event=stop)
-    assert run.status == "interrupted"
-    # events in flight while the interrupt travels
-    assert seen[-1] < 450
-    finished(client, inpaint_workflow(seed=23))
-
-
-def test_free_unloads_and_the_next_job_gives_the_same_picture(client):
-    workflow = inpaint_workflow(seed=24)
-    before = client.image(finished(client, workflow).images[0])
-    client.free()
-    changed = copy.deepcopy(workflow)
-    for node in changed.values():  # another file name, so that the run is not served from the cache
-        if "filename_prefix" in node["inputs"]:
-            node["inputs"]["filename_prefix"] += "-again"
-    after = client.image(finished(client, changed).images[0])
-    assert np.array_equal(pixels(before), pixels(after))
 
 
 def test_count_and_seed_travel(client):

@@ -1,124 +1,38 @@
-"""A real ComfyUI for the tests: find one, give it the pack's requirements, start it, talk to it."""
+"""A real ComfyUI for the tests: give it the pack's requirements, start it, talk to it as a browser does."""
 
 from __future__ import annotations
 
-import configparser
 import json
 import os
-import re
-import shutil
-import signal
-import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from urllib import error, parse, request
 
 import coverage_inside
-from conftest import ROOT
+from comfyui_mend import comfy_workspace
+from comfyui_mend.comfy_workspace import PACK_FOLDER, Workspace, find_workspace
+
+__all__ = ["PACK_FOLDER", "Client", "Event", "Run", "Server", "Workspace", "find_workspace", "run_inside"]
 
 HERE = Path(__file__).resolve().parent
-PACK_FOLDER = "comfyui-mend"
 HOW_TO_GET_ONE = "install one with `comfy install`, or set COMFYUI_PATH to its folder"
-START_SECONDS = 180
-STOP_SECONDS = 30
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """A ComfyUI folder and the interpreter it runs with."""
-
-    path: Path
-    python: Path
-    version: str
-
-
-def find_workspace() -> Workspace | None:
-    """COMFYUI_PATH, else comfy-cli's workspace, else where comfy-cli would install one."""
-    named = os.environ.get("COMFYUI_PATH")
-    if named:
-        if not _is_comfyui(Path(named).expanduser()):
-            raise FileNotFoundError(
-                f"COMFYUI_PATH is {named}, which has no main.py and comfyui_version.py of a ComfyUI."
-            )
-        return _workspace(Path(named).expanduser())
-    found = next((path for path in _comfy_cli_workspaces() if _is_comfyui(path)), None)
-    return _workspace(found) if found else None
-
-
-def _comfy_cli_workspaces() -> Iterator[Path]:
-    home = Path.home()
-    if sys.platform == "win32":
-        settings, usual = home / "AppData" / "Local" / "comfy-cli", home / "Documents" / "comfy" / "ComfyUI"
-    elif sys.platform == "darwin":
-        settings = home / "Library" / "Application Support" / "comfy-cli"
-        usual = home / "Documents" / "comfy" / "ComfyUI"
-    else:
-        settings, usual = home / ".config" / "comfy-cli", home / "comfy" / "ComfyUI"
-    config = configparser.ConfigParser(interpolation=None)
-    config.read(settings / "config.ini")
-    for key in ("default_workspace", "recent_workspace"):
-        value = config.defaults().get(key)
-        if value:
-            yield Path(value)
-    yield usual
-    yield home / "comfy" / "ComfyUI"
-
-
-def _is_comfyui(path: Path) -> bool:
-    return (path / "main.py").is_file() and (path / "comfyui_version.py").is_file()
-
-
-def _workspace(path: Path) -> Workspace:
-    interpreters = [path / venv / part for venv in (".venv", "venv") for part in ("bin/python", "Scripts/python.exe")]
-    python = next((p for p in interpreters if p.exists()), Path(sys.executable))
-    version = re.search(r'__version__ = "(.+)"', (path / "comfyui_version.py").read_text())
-    return Workspace(path.absolute(), python, version.group(1) if version else "unknown")
 
 
 def ensure_requirements(workspace: Workspace) -> None:
-    """Install requirements.txt as ComfyUI Manager does, with the workspace's own pip; its torch stays."""
+    """What ComfyUI Manager does when it installs the pack, once."""
     from filelock import FileLock
 
-    requirements = ROOT / "requirements.txt"
     lock = Path(tempfile.gettempdir()) / f"mend-requirements-{uuid.uuid5(uuid.NAMESPACE_URL, str(workspace.path))}.lock"
     with FileLock(lock):
-        if _inside(workspace, MISSING_REQUIREMENTS, str(requirements)):
-            with tempfile.TemporaryDirectory() as folder:
-                constraints = Path(folder) / "constraints.txt"
-                constraints.write_text(_inside(workspace, "import torch; print('torch==' + torch.__version__)"))
-                subprocess.run(
-                    [workspace.python, "-m", "pip", "install", "-q", "-r", requirements, "-c", constraints], check=True
-                )
-
-
-MISSING_REQUIREMENTS = """
-import sys
-from importlib import metadata
-from packaging.requirements import Requirement
-
-for line in open(sys.argv[1]):
-    requirement = Requirement(line.strip())
-    if requirement.marker and not requirement.marker.evaluate():
-        continue
-    try:
-        if metadata.version(requirement.name) in requirement.specifier:
-            continue
-    except metadata.PackageNotFoundError:
-        pass
-    print(requirement)
-"""
-
-
-def _inside(workspace: Workspace, code: str, *arguments: str) -> str:
-    command = [workspace.python, "-c", code, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        if comfy_workspace.missing_requirements(workspace):
+            comfy_workspace.install_requirements(workspace)
 
 
 def run_inside(workspace: Workspace, script: str | Path, *arguments: object, timeout: float = 300) -> object:
@@ -140,100 +54,26 @@ def run_inside(workspace: Workspace, script: str | Path, *arguments: object, tim
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def install_pack(custom_nodes: Path) -> Path:
-    """The pack in a custom_nodes folder: a link, or on a system without links a copy."""
-    target = custom_nodes / PACK_FOLDER
-    try:
-        target.symlink_to(ROOT, target_is_directory=True)
-    except OSError:
-        shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".*", "tests", "demo-output", "__pycache__"))
-    return target
-
-
-class Server:
-    """A ComfyUI server on a free port with the pack and nothing else, its folders under ``base``.
+class Server(comfy_workspace.Server):
+    """A server on the CPU, with previews; its coverage counts, and it must end as cleanly as it started.
 
     >>> with Server(workspace, base) as server, server.client() as client:
     ...     run = client.run(prompt)
     """
 
-    def __init__(self, workspace: Workspace, base: Path, arguments: tuple[str, ...] = (), *, link: bool = True) -> None:
-        self.workspace = workspace
-        self.base = base
-        self.port = _free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log_file = base / "server.log"
-        for folder in ("models", "custom_nodes", "input", "output", "user", "temp"):
-            (base / folder).mkdir(parents=True, exist_ok=True)
-        if link:
-            install_pack(base / "custom_nodes")
-        # every flag is known to ComfyUI 0.16 and later
-        self._command = [
-            workspace.python, "main.py", "--cpu", "--port", str(self.port), "--base-directory", base,
-            "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK_FOLDER, "--disable-api-nodes",
-            "--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}",
-            "--disable-auto-launch", "--preview-method", "latent2rgb", *arguments,
-        ]  # fmt: skip
-
-    @property
-    def log(self) -> str:
-        return self.log_file.read_text(errors="replace")
+    def __init__(self, workspace: Workspace, base: Path, arguments: tuple[str, ...] = (), **options: object) -> None:
+        options["environment"] = {**coverage_inside.environment(), **options.get("environment", {})}
+        super().__init__(workspace, base, ("--cpu", "--preview-method", "latent2rgb", *arguments), **options)
 
     def client(self) -> Client:
         return Client(self.url)
 
-    def __enter__(self) -> Server:
-        group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == "win32" else {}
-        with self.log_file.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                cwd=self.workspace.path,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **coverage_inside.environment(), "PYTHONUNBUFFERED": "1"},
-                **group,
-            )
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self._process.kill()
-            self._process.wait()
-            raise
-        return self
-
-    def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise AssertionError(f"ComfyUI ended with {self._process.returncode} at start:\n{self.log[-6000:]}")
-            try:
-                _fetch(f"{self.url}/object_info", timeout=30)
-            except (error.URLError, ConnectionError, TimeoutError):
-                time.sleep(0.25)
-            else:
-                return
-        raise AssertionError(f"ComfyUI did not answer within {START_SECONDS} s:\n{self.log[-6000:]}")
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         code = self.stop()
         if kind is None:
             assert code == 0, f"ComfyUI ended with {code}:\n{self.log[-6000:]}"
-
-    def stop(self) -> int:
-        """Ctrl-C, as a person would; the exit code. A server that does not listen is killed."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.CTRL_BREAK_EVENT if sys.platform == "win32" else signal.SIGINT)
-        try:
-            return self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _fetch(url: str, data: bytes | None = None, headers: dict[str, str] | None = None, timeout: float = 60) -> bytes:

@@ -21,7 +21,7 @@ def test_the_box_holds_the_mask_and_lies_in_the_picture(case):
     box = around(mask, picture, NATIVE, CELL).box
     assert box.left <= mask.left and box.top <= mask.top
     assert box.right >= mask.right and box.bottom >= mask.bottom
-    assert 0 <= box.left and 0 <= box.top
+    assert box.left >= 0 and box.top >= 0
     assert box.right <= picture.width and box.bottom <= picture.height
 
 
