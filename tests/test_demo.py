@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_mend import cli, contact_sheet, demo
+from comfyui_mend.comfy_workspace import ServerError
 from comfyui_mend.engine.files import read_image, read_mask
 from comfyui_mend.engine.host import LocalHost
 from PIL import Image
