@@ -1,8 +1,8 @@
 """The Hugging Face hub, by huggingface_hub (0.30 and later): what a repository holds, and the bytes of its files.
 
 Of the library's two ways to a file this is http_get, which follows redirects, retries and takes up where a file ends.
-hf_hub_download is the other: from version 1 on it deletes what an interrupted call has fetched, and its Xet transfers
-run in threads that no callback can stop.
+hf_hub_download is the other: its newer versions (1.33 and 2.4, for example) delete what an interrupted call has
+fetched.
 """
 
 from __future__ import annotations
