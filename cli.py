@@ -503,7 +503,7 @@ def _version() -> str:
 def show_files(report: Report) -> str:
     total = f"{report['timings']['total']:.1f} s"
     files = report["files"] + ([report["mask"]] if "mask" in report else [])
-    notes = [[] for _ in files]
+    notes: list[list[str]] = [[] for _ in files]
     for index, seed in enumerate(report.get("seeds", ())):
         notes[index].append(f"seed {seed}")
     for index, (score, flagged) in enumerate(zip(report.get("scores") or (), report.get("flagged") or (), strict=True)):
