@@ -177,6 +177,7 @@ def test_a_part_that_is_too_long_is_started_anew(hub, tmp_path):
 
 
 def test_huggingface_hub_draws_no_bar_of_its_own(hub, tmp_path, capsys):
+    utils.enable_progress_bars()  # whatever else in this process has turned them off
     pull("author/tiny", tmp_path)
     assert capsys.readouterr().err == ""
     assert not utils.are_progress_bars_disabled("huggingface_hub.http_get")
