@@ -91,11 +91,11 @@ def prepare_canvas(
     shape = (model.facts.latent_channels, *cells)
     image = None
     if not (concat and schedule.from_noise):
-        image = model.encode_image(pixels).sample(generator).float().cpu()
+        image = model.encode_image(pixels).sample(generator).cpu()
     noise = torch.randn((count, *shape), generator=generator)
     masked_image = None
     if concat:
-        masked_image = model.encode_image(pixels * (hole < 0.5)).sample(generator).float().cpu()
+        masked_image = model.encode_image(pixels * (hole < 0.5)).sample(generator).cpu()
     else:
         torch.randn((1, *shape), generator=generator)
     return Canvas(noise=noise, mask=F.interpolate(hole, size=cells), image=image, masked_image=masked_image)

@@ -154,7 +154,9 @@ class LocalHost:
 
     def free_memory(self) -> int:
         if self.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.device)[0]
+            # what torch keeps from earlier tensors is free for new ones
+            kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return torch.cuda.mem_get_info(self.device)[0] + kept
         return 4 * 2**30
 
     def progress(self, total: int, description: str) -> Progress:

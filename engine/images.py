@@ -50,13 +50,13 @@ def as_images(image: Tensor) -> Tensor:
 
 
 def as_masks(mask: Tensor, images: Tensor) -> Tensor:
-    """A mask in any of ComfyUI's shapes -> float32 [B, H, W] in 0..1 at the size of ``images`` [B, H, W, C].
+    """A mask in any of ComfyUI's shapes -> float32 [B, H, W] in 0..1, of the size and on the device of ``images``.
 
     Accepts [H, W], [B, H, W], [B, 1, H, W] and [B, H, W, 1]; one mask serves every image of the batch. A mask of
     another size but the same aspect ratio is resized. Raises InputError for the rest, and for the placeholder that
     LoadImage gives where no mask was painted.
     """
-    mask = as_mask_batch(mask)
+    mask = as_mask_batch(mask).to(images.device)
     size = size_of(images)
     if size_of(mask) != size:
         mask = _fit_mask(mask, size)

@@ -22,6 +22,9 @@ from .sampling import Canvas, Stopwatch, decode_pixels, denoise, encode_guidance
 from .schedulers import Schedule
 from .types import MAX_SEED, Compat, Crop, InpaintRequest, InpaintResult, Size
 
+MAX_BATCH_PIXELS = 64 * 512 * 512
+"""Canvas pixels that are worked on together: a float32 RGB copy of them is 200 MB, and there are a few."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -59,7 +62,7 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host) -> Inpaint
     with clock.phase("prompt"):
         guidance = encode_guidance(request, model, PromptSyntax.COMFY)
     results = request.image.repeat_interleave(request.count, dim=0)
-    groups = by_canvas(jobs)
+    groups = batches(jobs)
     schedules = [make_schedule(request, model) for _ in groups]
     progress = host.progress(sum(schedule.evaluations for schedule in schedules), "inpaint")
     done = 0
@@ -114,12 +117,16 @@ def plan_jobs(request: InpaintRequest, model: InpaintModel, seeds: tuple[int, ..
     return jobs
 
 
-def by_canvas(jobs: list[Job]) -> list[list[Job]]:
-    """Jobs whose canvases have one size run as one batch."""
-    groups: dict[Size, list[Job]] = defaultdict(list)
+def batches(jobs: list[Job]) -> list[list[Job]]:
+    """Jobs that run together: their canvases have one size, and all of them at most MAX_BATCH_PIXELS."""
+    by_canvas: dict[Size, list[Job]] = defaultdict(list)
     for job in jobs:
-        groups[job.plan.canvas].append(job)
-    return list(groups.values())
+        by_canvas[job.plan.canvas].append(job)
+    result = []
+    for canvas, group in by_canvas.items():
+        at_once = max(1, MAX_BATCH_PIXELS // (canvas.width * canvas.height))
+        result += [group[start : start + at_once] for start in range(0, len(group), at_once)]
+    return result
 
 
 def prepare_canvas(
@@ -138,7 +145,7 @@ def prepare_canvas(
     plans = {job.source: job.plan for job in jobs}
     pixels = torch.cat([plans[s].cut(request.image[s : s + 1, ..., :3]) for s in sources])
     hole = (torch.cat([plans[s].cut_mask(request.mask[s : s + 1]) for s in sources]) > 0).float()
-    pixels = pixels.permute(0, 3, 1, 2) * 2 - 1
+    pixels, hole = pixels.cpu().permute(0, 3, 1, 2) * 2 - 1, hole.cpu()
     rows = torch.tensor([sources.index(job.source) for job in jobs])
 
     concat = model.facts.conditioning is Conditioning.CONCAT
@@ -153,7 +160,7 @@ def prepare_canvas(
 
 def _latents(model: InpaintModel, pixels: Tensor) -> Tensor:
     """Latents are small: the loop's arithmetic runs on the CPU in float32, only the network on its own device."""
-    return model.encode_image(pixels).mean.float().cpu()
+    return model.encode_image(pixels).mean.cpu()
 
 
 def paste_job(request: InpaintRequest, job: Job, canvas: Tensor, results: Tensor) -> None:

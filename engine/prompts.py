@@ -259,9 +259,10 @@ def encode_chunks(
     chunks: Sequence[Sequence[Token]], text_encoder: nn.Module, device: torch.device, special: SpecialTokens
 ) -> Tensor:
     """Hidden states [chunks, 77, width] in float32, each token's weighted against the empty prompt's."""
-    weights = torch.tensor([[token.weight for token in chunk] for chunk in chunks], device=device)[..., None]
+    weights = torch.tensor([[token.weight for token in chunk] for chunk in chunks])[..., None]
     if bool((weights == 1).all()):
         return hidden_states(chunks, text_encoder, device)
+    weights = weights.to(device)
     empty = _close_chunk([Token(special.start)], special)
     *_, z_empty = states = hidden_states([*chunks, empty], text_encoder, device)
     z = states[:-1]
@@ -271,7 +272,7 @@ def encode_chunks(
 
 def hidden_states(chunks: Sequence[Sequence[Token]], text_encoder: nn.Module, device: torch.device) -> Tensor:
     """The encoder's last hidden state after its final layer norm, [chunks, 77, width], float32, unweighted."""
-    ids = torch.tensor([[token.id for token in chunk] for chunk in chunks], device=device)
+    ids = torch.tensor([[token.id for token in chunk] for chunk in chunks]).to(device)
     vectors = [
         (row, column, token.vector)
         for row, chunk in enumerate(chunks)

@@ -148,7 +148,8 @@ class ComfyProgress:
 
     def _picture(self, latents: Tensor) -> tuple[str, Any, int] | None:
         """("JPEG", PIL image, longest side) by the preview method of the user's settings; None where that is none."""
-        latents = latents.detach().float()
+        # a previewer may be a network of its own (TAESD), and shows the first of the batch
+        latents = latents[:1].detach().to(mm.get_torch_device(), torch.float32)
         if not self._previewer_chosen:
             self._previewer_chosen = True
             latent_format = comfy.latent_formats.SD15()

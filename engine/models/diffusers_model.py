@@ -57,12 +57,13 @@ class DiffusersModel:
             embeddings = encode_prompts(
                 unknown, self.tokenizer, self.text_encoder.module, device, syntax, self._find_embedding
             )
-            fresh = dict(zip(unknown, embeddings, strict=True))
+            # on the CPU like the remembered ones: a device mixed within one pair would not go into one batch
+            fresh = {prompt: embedding.cpu() for prompt, embedding in zip(unknown, embeddings, strict=True)}
         result = [fresh[p] if p in fresh else self._prompts[p, syntax] for p in prompts]
         for prompt, embedding in fresh.items():
             # a textual-inversion file may change between runs
             if "embedding:" not in prompt:
-                self._prompts[prompt, syntax] = embedding.cpu()
+                self._prompts[prompt, syntax] = embedding
         while len(self._prompts) > REMEMBERED_PROMPTS:
             self._prompts.popitem(last=False)
         return result
@@ -70,7 +71,7 @@ class DiffusersModel:
     def encode_image(self, pixels: Tensor) -> Posterior:
         def encode(part: Tensor) -> Tensor:
             distribution = self.vae.module.encode(part).latent_dist  # type: ignore[operator]
-            return torch.stack([distribution.mean, distribution.std])
+            return torch.stack([distribution.mean, distribution.std]).float()
 
         per_row = VAE_ENCODE_BYTES * pixels.shape[-2] * pixels.shape[-1] * self.vae.dtype.itemsize
         parts = self._in_parts(self.vae, per_row, encode, pixels)
@@ -79,7 +80,8 @@ class DiffusersModel:
 
     def decode(self, latents: Tensor) -> Tensor:
         def decode(part: Tensor) -> Tensor:
-            return self.vae.module.decode(part, return_dict=False)[0].float()  # type: ignore[operator]
+            # many finished pictures are too large to wait for each other beside the network
+            return self.vae.module.decode(part, return_dict=False)[0].float().cpu()  # type: ignore[operator]
 
         area = latents.shape[-2] * latents.shape[-1] * self.facts.downscale**2
         per_row = VAE_DECODE_BYTES * area * self.vae.dtype.itemsize

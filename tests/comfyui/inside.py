@@ -98,7 +98,8 @@ def run_on_pretended_device(function, args, kwargs):
         return type(args[0]) is type(args[1])
     tensors = list(_tensors([*args, *kwargs.values()]))
     in_vram = [t for t in tensors if isinstance(t, VramTensor)]
-    device = kwargs.get("device")
+    # in inference mode `to` arrives whole, its device by position
+    device = kwargs.get("device", next((value for value in args if isinstance(value, torch.device)), None))
     to_vram = bool(in_vram) if device is None else torch.device(device) == VRAM
     if function is COPY_INTO:
         to_vram = isinstance(args[0], VramTensor)
@@ -107,10 +108,7 @@ def run_on_pretended_device(function, args, kwargs):
         stranger = next((t for t in tensors if not isinstance(t, VramTensor) and t.dim() > 0), None)
         if stranger is not None:
             raise RuntimeError(f"{function}: expected all tensors on one device, found {VRAM} and cpu {stranger.shape}")
-    kwargs = {key: _on_cpu(value) for key, value in kwargs.items()}
-    if device is not None:
-        kwargs["device"] = CPU
-    result = function(*map(_on_cpu, args), **kwargs)
+    result = function(*map(_on_cpu, args), **{key: _on_cpu(value) for key, value in kwargs.items()})
     if not to_vram:
         return result
     # an operation in place gives back what it was given
@@ -129,6 +127,8 @@ def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
 def _on_cpu(value):
     if isinstance(value, VramTensor):
         return value.data_on_cpu
+    if isinstance(value, torch.device):
+        return CPU
     return [_on_cpu(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 

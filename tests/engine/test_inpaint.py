@@ -343,6 +343,22 @@ def test_memory_bounds_the_batch_and_not_the_picture(nine):
     assert torch.allclose(whole, split, atol=2e-4)
 
 
+def test_a_large_job_runs_in_batches_of_bounded_size(nine, monkeypatch):
+    """The native canvas has 128x128 pixels: with room for two, five pictures take three batches."""
+    image, mask = photo_and_mask()
+    whole = run(nine, image, mask, count=5).images
+    monkeypatch.setattr("comfyui_mend.engine.inpaint.MAX_BATCH_PIXELS", 2 * 128 * 128 + 1)
+    encoded = []
+    encode_image = nine.encode_image
+    monkeypatch.setattr(nine, "encode_image", lambda pixels: (encoded.append(len(pixels)), encode_image(pixels))[1])
+    split = run(nine, image, mask, count=5).images
+    assert encoded == [1, 1, 1]
+    assert torch.allclose(whole, split, atol=2e-4)
+    # one that is larger than the bound by itself runs all the same
+    monkeypatch.setattr("comfyui_mend.engine.inpaint.MAX_BATCH_PIXELS", 1)
+    assert torch.allclose(whole[:1], run(nine, image, mask).images, atol=2e-4)
+
+
 def test_an_overflowing_network_is_an_error_not_a_black_picture(nine):
     decode = nine.decode
     nine.decode = lambda latents: decode(latents) * float("nan")
