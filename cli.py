@@ -72,6 +72,10 @@ class CommandError(Exception):
 class Parser(argparse.ArgumentParser):
     """Raises instead of exiting, so that --json can report usage errors too."""
 
+    def __init__(self, **options: Any) -> None:
+        # --js would ask for JSON after main has looked for --json
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
@@ -156,6 +160,9 @@ def outpaint_command(arguments: argparse.Namespace) -> Report:
         report = _write_one(arguments, padded.image, inputs, timings)
     else:
         report = _paint(arguments, padded.image, padded.mask, inputs, timings)
+    if padding == Padding():
+        nothing = "No room was added: give --left, --top, --right or --bottom."
+        report["notices"] = [nothing, *report.get("notices", ())]
     if arguments.mask_out:
         _write(arguments, arguments.mask_out, padded.mask[..., None], {}, inputs)
         report["mask"] = str(arguments.mask_out)
@@ -173,7 +180,9 @@ def fill_command(arguments: argparse.Namespace) -> Report:
     image, mask = pair(read_image(arguments.image), mask)
     with _clock("fill") as timings:
         filled = fill(image, mask, FillMethod(arguments.method))
-    return _write_one(arguments, filled, inputs, timings, {"method": arguments.method})
+    report = _write_one(arguments, filled, inputs, timings, {"method": arguments.method})
+    empty = "The mask is empty: the picture is returned as it came; white marks what to fill."
+    return report | {"notices": [] if mask.any() else [empty]}
 
 
 def mask_command(arguments: argparse.Namespace) -> Report:

@@ -24,13 +24,10 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from .types import InputError
+from .types import MAX_PIXELS, MAX_SIDE, InputError
 
 READABLE = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP")
 WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-MAX_SIDE = 16384
-MAX_PIXELS = 2**27
-"""134 megapixels: 1.6 GB as float32 RGB."""
 
 COLOURED = 0.25
 """Difference between a pixel's largest and smallest channel from which it counts as coloured."""

@@ -10,9 +10,9 @@ from torch import Tensor
 from .fill import FillMethod, fill
 from .images import as_images
 from .masks import OnImage
-from .types import InputError, check_range
+from .types import MAX_SIDE, InputError, Size, check_area, check_range
 
-MAX_PADDING = 16384
+MAX_PADDING = MAX_SIDE
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,14 @@ def pad(
     On padded sides the mask reaches ``feather`` pixels into the original, falling as a smoothstep of the distance; with
     two sides in play what they keep multiplies, which keeps corners smooth. Where the picture is too small for the
     feather it gets what fits: up to the far side, or to the middle between two padded sides. No padding gives the
-    image back under an empty mask.
+    image back under an empty mask. Raises InputError for a negative feather and a canvas too large to work on.
     """
     method = FillMethod(method)
     if feather < 0:
         raise InputError(f"feather is {feather}; give 0 or more pixels.")
     images = as_images(image)
     _, height, width, _ = images.shape
+    check_area(Size(padding.left + width + padding.right, padding.top + height + padding.bottom))
     canvas = _repeat_edges(images, padding)
     keep_rows = _keep(height, padding.top, padding.bottom, feather).to(images.device)
     keep_columns = _keep(width, padding.left, padding.right, feather).to(images.device)

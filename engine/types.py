@@ -13,6 +13,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 MAX_SEED = 2**64 - 1
+MAX_SIDE = 16384
+MAX_PIXELS = 2**27
+"""134 megapixels: 1.6 GB as float32 RGB."""
 
 
 class MendError(Exception):
@@ -138,7 +141,8 @@ class InpaintRequest:
         check_range("count", self.count, 1, 64)
         for name, value in (("width", self.width), ("height", self.height)):
             if value != 0:
-                check_range(name, value, 16, 16384, "or 0 for the image's own size")
+                check_range(name, value, 16, MAX_SIDE, "or 0 for the image's own size")
+        check_area(Size(self.width, self.height))
 
 
 def check_range(name: str, value: float, low: float, high: float, note: str = "") -> None:
@@ -146,6 +150,15 @@ def check_range(name: str, value: float, low: float, high: float, note: str = ""
     # written so that NaN fails too
     if not low <= value <= high:
         raise InputError(f"{name} is {value}; give a value from {low} to {high}{' ' + note if note else ''}.")
+
+
+def check_area(size: Size) -> None:
+    """Raise InputError for a picture too large to hold in memory along with what is made from it."""
+    if max(size) > MAX_SIDE or size.width * size.height > MAX_PIXELS:
+        raise InputError(
+            f"The result would be {size}; at most {MAX_SIDE} pixels a side and {MAX_PIXELS // 10**6} megapixels can be"
+            " worked on, so ask for less."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

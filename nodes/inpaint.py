@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..engine.inpaint import inpaint
 from ..engine.schedulers import SCHEDULERS
-from ..engine.types import MAX_SEED, Compat, Crop, InpaintRequest, InputError, Sigmas
+from ..engine.types import MAX_SEED, MAX_SIDE, Compat, Crop, InpaintRequest, InputError, Sigmas
 from .comfy_host import MendModel
 from .convert import ModelType
 
@@ -96,7 +96,7 @@ class MendInpaint(io.ComfyNode):
                     "width",
                     default=0,
                     min=0,
-                    max=16384,
+                    max=MAX_SIDE,
                     tooltip="Width of the result; 0 keeps the picture's own.",
                     optional=True,
                     advanced=True,
@@ -105,7 +105,7 @@ class MendInpaint(io.ComfyNode):
                     "height",
                     default=0,
                     min=0,
-                    max=16384,
+                    max=MAX_SIDE,
                     tooltip="Height of the result; 0 keeps the picture's own.",
                     optional=True,
                     advanced=True,
@@ -153,8 +153,8 @@ class MendInpaint(io.ComfyNode):
         if compat is not None and compat not in [option.value for option in Compat]:
             return f"compat is {compat!r}; choose one of {', '.join(option.value for option in Compat)}."
         for name, value in (("width", width), ("height", height)):
-            if value and value < 16:
-                return f"{name} is {value}; give at least 16, or 0 for the picture's own."
+            if value and not 16 <= value <= MAX_SIDE:
+                return f"{name} is {value}; give 16 to {MAX_SIDE}, or 0 for the picture's own."
             if value and compat == Compat.DIFFUSERS.value and value % 8:
                 return f"{name} is {value}; compat=diffusers needs a multiple of 8, so set {value // 8 * 8}."
         return True

@@ -22,6 +22,7 @@ from ..engine.safety import (
     find_safety_checkers,
     load_safety_checker,
 )
+from ..engine.types import InputError
 from .comfy_host import ComfyHost
 from .convert import SafetyCheckerType
 
@@ -186,7 +187,11 @@ class MendSafetyCheck(io.ComfyNode):
     def execute(
         cls, images: Tensor, threshold: float, action: str, checker: LoadedChecker | None = None
     ) -> io.NodeOutput:
-        checker = checker or load_choice(BUILT_IN_CHOICE)
+        if checker is None:
+            checker = load_choice(BUILT_IN_CHOICE)
+        elif not isinstance(checker, LoadedChecker):
+            # the host checks links only; an API graph can hold anything
+            raise InputError(f"checker is {str(checker)[:80]!r}; connect Load Safety Checker (Mend) to it, or nothing.")
         result = check(images, checker, threshold=threshold, action=SafetyAction(action))
         summary = summarise(result, checker.name, threshold)
         if result.flagged:

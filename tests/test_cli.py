@@ -495,3 +495,16 @@ def test_an_error_is_one_line_and_no_traceback():
     done = process("inpaint", "nothing.png", "mask.png", "-o", "x.png")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "mend: There is no file nothing.png; check the name and the folder.\n"
+
+
+def test_nothing_to_do_is_said(mend):
+    Image.new("L", (256, 192)).save("black.png")
+    code, _, err = mend("fill", "coffee.png", "black.png", "-o", "same.png")
+    assert code == 0 and "The mask is empty" in err
+    code, out, _ = mend("outpaint", "coffee.png", "--pad-only", "-o", "same2.png", "--json")
+    assert code == 0 and json.loads(out)["notices"] == ["No room was added: give --left, --top, --right or --bottom."]
+
+
+def test_flags_are_not_abbreviated(mend):
+    code, out, err = mend("mask", "mask.png", "-o", "out.png", "--js")
+    assert code == 2 and not out and "--js" in err and not Path("out.png").exists()

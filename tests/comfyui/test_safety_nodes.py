@@ -118,3 +118,10 @@ def test_every_socket_and_widget_is_explained(client):
         inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
         assert all(spec[1]["tooltip"] for spec in inputs.values())
         assert all(node["output_tooltips"])
+
+
+def test_a_name_where_a_loaded_checker_belongs_is_explained(client, picture):
+    workflow = graph(picture)
+    workflow["check"]["inputs"]["checker"] = BUILT_IN
+    run = client.run(workflow)
+    assert "connect Load Safety Checker (Mend)" in run.error["exception_message"]

@@ -157,3 +157,10 @@ def test_negative_padding_is_refused_with_the_name_of_the_side(side):
 def test_a_negative_feather_is_refused():
     with pytest.raises(InputError, match="feather is -1"):
         pad(picture(), Padding(left=4), feather=-1)
+
+
+def test_a_canvas_that_would_take_the_machine_down_is_refused():
+    with pytest.raises(InputError, match="The result would be 32776x16392"):
+        pad(torch.zeros(1, 8, 8, 3), Padding(16384, 16384, 16384, 0))
+    with pytest.raises(InputError, match=r"16008x16008.*134 megapixels"):
+        pad(torch.zeros(1, 8, 8, 3), Padding(left=16000, top=16000))
