@@ -8,19 +8,19 @@ from torch import Tensor
 from .masks import grow
 
 RING_PIXELS = 24
-"""How far from the mask the surroundings are compared."""
+"""How far from the repainted area the surroundings are compared."""
 MAX_SHIFT = 16 / 255
 """The largest colour correction: beyond it the difference is content, not the VAE's tone shift."""
 
 
-def match_ring(painted: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """``painted`` [B, H, W, 3] with the mean colour of ``original`` on a ring just outside ``mask`` [B, H, W].
+def match_ring(painted: Tensor, original: Tensor, repainted: Tensor) -> Tensor:
+    """``painted`` [B, H, W, 3] with the mean colour of ``original`` on a ring just outside ``repainted`` [B, H, W].
 
-    A VAE round trip shifts the tone of the whole picture a little; on the ring both pictures show the same thing, so
-    the shift can be measured there and taken off. One offset per image and channel, at most MAX_SHIFT; images whose
-    mask leaves no ring stay as they are.
+    ``repainted`` is above 0 wherever the model was free to paint. A VAE round trip shifts the tone of the whole picture
+    a little; on the ring both pictures show the same thing, so the shift can be measured there and taken off. One
+    offset per image and channel, at most MAX_SHIFT; images without a ring stay as they are.
     """
-    ring = ((grow(mask, RING_PIXELS) > 0) & (mask == 0)).to(painted)[..., None]
+    ring = ((grow(repainted, RING_PIXELS) > 0) & (repainted == 0)).to(painted)[..., None]
     pixels = ring.sum(dim=(1, 2), keepdim=True)
     offset = ((original - painted) * ring).sum(dim=(1, 2), keepdim=True) / pixels.clamp(min=1)
     return (painted + offset.clamp(-MAX_SHIFT, MAX_SHIFT)).clamp(0, 1)

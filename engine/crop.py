@@ -49,6 +49,10 @@ class CropPlan:
         """Canvas [B, h, w, C] -> the box's part of the picture, [B, box height, box width, C]."""
         return images.resize(canvas[:, : self.scaled.height, : self.scaled.width], self.box.size)
 
+    def uncut_mask(self, canvas: Tensor) -> Tensor:
+        """Canvas masks [B, h, w] -> the box's part of the picture, [B, box height, box width]."""
+        return images.resize_mask(canvas[:, : self.scaled.height, : self.scaled.width], self.box.size)
+
     def _pad(self, planes: Tensor) -> Tensor:
         right, bottom = self.canvas.width - self.scaled.width, self.canvas.height - self.scaled.height
         return F.pad(planes, (0, right, 0, bottom), mode="replicate") if right or bottom else planes

@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import compat, crop, images
@@ -75,8 +76,8 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host) -> Inpaint
         with clock.phase("decode"):
             painted = decode_pixels(model, latents)
         with clock.phase("paste"):
-            for job, pixels in zip(group, painted, strict=True):
-                paste_job(request, job, pixels[None].to(results), results)
+            for job, pixels, cells in zip(group, painted, canvas.mask, strict=True):
+                paste_job(request, job, pixels[None].to(results), cells.to(results), results)
         done += schedule.evaluations
     untouched = request.image.shape[0] - len({job.source for job in jobs})
     notices = (f"{untouched} of the masks are empty: their pictures are returned as they came.",) if untouched else ()
@@ -163,12 +164,15 @@ def _latents(model: InpaintModel, pixels: Tensor) -> Tensor:
     return model.encode_image(pixels).mean.cpu()
 
 
-def paste_job(request: InpaintRequest, job: Job, canvas: Tensor, results: Tensor) -> None:
-    """Write one painted canvas [1, h, w, 3] into its place in ``results``."""
+def paste_job(request: InpaintRequest, job: Job, canvas: Tensor, cells: Tensor, results: Tensor) -> None:
+    """Write one painted canvas [1, h, w, 3], of whose latent ``cells`` [1, h', w'] those of 1 were repainted, into its
+    place in ``results``."""
     box = job.plan.box
     original = request.image[job.source : job.source + 1, box.rows, box.columns]
     mask = request.mask[job.source : job.source + 1, box.rows, box.columns]
-    painted = match_ring(job.plan.uncut(canvas), original[..., :3], mask)
+    # a cell that the mask only touches is new as a whole, so tone is compared beyond it
+    repainted = (job.plan.uncut_mask(F.interpolate(cells[None], size=canvas.shape[1:3])[0]) > 0).to(mask)
+    painted = match_ring(job.plan.uncut(canvas), original[..., :3], repainted)
     results[job.output : job.output + 1, box.rows, box.columns] = paste(original, painted, mask)
 
 

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from comfyui_mend.engine.crop import around
 from comfyui_mend.engine.host import LocalHost
-from comfyui_mend.engine.inpaint import inpaint
+from comfyui_mend.engine.inpaint import Job, inpaint, paste_job
+from comfyui_mend.engine.masks import bounding_box, to_latent_grid
 from comfyui_mend.engine.models.protocol import Conditioning
 from comfyui_mend.engine.schedulers import SCHEDULERS
-from comfyui_mend.engine.types import MAX_SEED, Compat, Crop, InpaintRequest, InputError, MendError
+from comfyui_mend.engine.types import MAX_SEED, Compat, Crop, InpaintRequest, InpaintResult, InputError, MendError, Size
 from tiny import engine_model, photo_and_mask, tiny_pipeline
 
 HOST = LocalHost(torch.device("cpu"))
@@ -341,6 +344,23 @@ def test_memory_bounds_the_batch_and_not_the_picture(nine):
     split = run(split_model, image, mask, count=3).images
     assert set(rows) == {2}  # one picture, two branches
     assert torch.allclose(whole, split, atol=2e-4)
+
+
+@pytest.mark.parametrize("side", [40, 300], ids=["as it is", "scaled"])
+def test_tone_is_compared_where_nothing_was_painted(side):
+    """A black object on grey, the whole 3 levels too bright: it comes out black. Its cells reach beyond the mask."""
+    picture = torch.full((1, 640, 640, 3), 0.5)
+    mask = torch.zeros(1, 640, 640)
+    mask[:, 101 : 101 + side, 101 : 101 + side] = 1
+    plan = around(bounding_box(mask), Size(640, 640), 128, 8)
+    cells = to_latent_grid((plan.cut_mask(mask) > 0).float(), 8)
+    black = F.interpolate(cells, scale_factor=8)[:, 0, ..., None]
+    canvas = (0.5 * (1 - black) + 3 / 255).expand(-1, -1, -1, 3)
+    results = picture.clone()
+    paste_job(InpaintRequest(image=picture, mask=mask), Job(0, 0, 0, plan), canvas, cells[0], results)
+    inside = results[mask == 1]
+    assert float(inside.max()) < 1e-3
+    assert outside(InpaintResult(images=results, mask=mask, seeds=(0,)), picture, mask) == 0
 
 
 def test_a_large_job_runs_in_batches_of_bounded_size(nine, monkeypatch):
