@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .images import to_bytes
 from .models.protocol import Conditioning, InpaintModel, PromptSyntax
 from .sampling import Canvas, Stopwatch, decode_pixels, denoise, encode_guidance, make_schedule
 from .types import InpaintRequest, InpaintResult, InputError, Size
@@ -66,19 +67,15 @@ def target_size(request: InpaintRequest, model: InpaintModel) -> Size:
 
 def preprocess_image(image: Tensor, size: Size) -> Tensor:
     """[H, W, 3] in 0..1 -> [1, 3, height, width] in -1..1 through an 8-bit PIL image and its LANCZOS filter."""
-    picture = Image.fromarray(_as_bytes(image)).resize(size, Image.Resampling.LANCZOS)
+    picture = Image.fromarray(to_bytes(image)).resize(size, Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(picture, dtype=np.float32) / 255)
     return pixels.permute(2, 0, 1)[None] * 2 - 1
 
 
 def preprocess_mask(mask: Tensor, size: Size) -> Tensor:
     """[H, W] in 0..1 -> [1, 1, height, width] of exactly 0 and 1."""
-    picture = Image.fromarray(_as_bytes(mask)).resize(size, Image.Resampling.LANCZOS)
+    picture = Image.fromarray(to_bytes(mask)).resize(size, Image.Resampling.LANCZOS)
     return (torch.from_numpy(np.array(picture, dtype=np.float32) / 255) >= 0.5).float()[None, None]
-
-
-def _as_bytes(values: Tensor) -> np.ndarray:
-    return (values.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def prepare_canvas(

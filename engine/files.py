@@ -24,6 +24,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from .images import to_bytes
 from .types import MAX_PIXELS, MAX_SIDE, InputError
 
 READABLE = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP")
@@ -253,7 +254,7 @@ def _picture(path: Path, image: Tensor) -> Image.Image:
         raise InputError(f"A picture of shape {tuple(image.shape)} cannot be written; give [height, width, channels].")
     if not torch.isfinite(pixels).all():
         raise InputError(f"{path} was not written: the picture holds NaN values; try --dtype float32.")
-    levels = (pixels.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    levels = to_bytes(pixels)
     if levels.shape[-1] == 4 and _format_of(path) == "JPEG":
         if levels[..., 3].min() < 255:
             raise InputError(f"{path} cannot hold transparency; name a .png or .webp file.")

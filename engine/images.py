@@ -6,6 +6,8 @@ accepted: see ``as_images`` and ``as_masks``.
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -141,3 +143,8 @@ def resize_mask(masks: Tensor, size: Size) -> Tensor:
         return masks
     resized = F.interpolate(masks[:, None], size=(size.height, size.width), mode="bilinear", antialias=True)
     return resized[:, 0].clamp(0, 1)
+
+
+def to_bytes(values: Tensor) -> npt.NDArray[np.uint8]:
+    """0..1 in any shape -> the nearest of 256 levels; what lies outside is clamped."""
+    return (values.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()

@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .host import Host, ManagedModule, Role
-from .images import as_images
-from .models.load import assemble
-from .models.weight_files import PICKLE_SUFFIXES, choose_weights, read_header, read_json
+from .images import as_images, to_bytes
+from .models.load import assemble, read_weights
+from .models.weight_files import PICKLE_SUFFIXES, choose_weights, read_json
 from .types import InputError, MissingPackageError, ModelFileError
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _is_checker(folder: Path) -> bool:
 
 def _to_pil(image: Tensor) -> Image.Image:
     """The colours of [H, W, 3 or 4] in 8 bits."""
-    return Image.fromarray((image[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
+    return Image.fromarray(to_bytes(image[..., :3]))
 
 
 # --- open_nsfw --------------------------------------------------------------------------------------------------------
@@ -340,8 +340,6 @@ def _build_clip_checker(config: Any) -> nn.Module:
 
 
 def _read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
     names = sorted(entry.name for entry in folder.iterdir())
     half = ["fp16"] if dtype in (torch.float16, torch.bfloat16) else []
     chosen = choose_weights(names, "model", [*half, "", "fp16"])
@@ -354,8 +352,7 @@ def _read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
         )
     weights: dict[str, Tensor] = {}
     for name in chosen:
-        read_header(folder / name)  # refuses what is truncated or something else, by name
-        weights |= load_file(folder / name)
+        weights |= read_weights(folder / name)
     return weights
 
 

@@ -296,7 +296,7 @@ def _read_component(folder: Path, stem: str, dtype: torch.dtype) -> dict[str, Te
     chosen = choose_weights(names, stem, [*([half] if half else []), "", "fp16", "bf16"])
     if chosen is None:
         raise ModelFileError(_no_weights(folder, stem, names))
-    return {key: tensor for name in chosen for key, tensor in _read_weights(folder / name).items()}
+    return {key: tensor for name in chosen for key, tensor in read_weights(folder / name).items()}
 
 
 def _no_weights(folder: Path, stem: str, names: Sequence[str]) -> str:
@@ -312,7 +312,7 @@ def _no_weights(folder: Path, stem: str, names: Sequence[str]) -> str:
     return f"{model} has no {part}/{stem}.safetensors: download the whole folder."
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, mapped into memory and not yet read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -325,7 +325,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _checkpoint_weights(checkpoint: Checkpoint, configs: Configs) -> Weights:
-    state = _read_weights(checkpoint.header.path)
+    state = read_weights(checkpoint.header.path)
     unet = ldm.component(state, ldm.UNET_PREFIX)
     vae = ldm.component(state, ldm.VAE_PREFIX)
     vae = {key: tensor for key, tensor in vae.items() if not key.startswith(_UNUSED_VAE_PREFIXES)}

@@ -130,13 +130,13 @@ def test_weights_take_the_precision_the_host_asks_for(folder, dtype):
 
 def test_weights_that_fit_are_mapped_and_not_copied(folder, host, monkeypatch):
     read = []
-    original = load._read_weights
+    original = load.read_weights
 
     def remember(path):
         read.append(original(path))
         return read[-1]
 
-    monkeypatch.setattr(load, "_read_weights", remember)
+    monkeypatch.setattr(load, "read_weights", remember)
     model = load_model(folder, host)
     addresses = {tensor.data_ptr() for state in read for tensor in state.values()}
     for managed in (model.denoiser, model.vae, model.text_encoder):
