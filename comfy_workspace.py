@@ -192,6 +192,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
                 creationflags=_NEW_GROUP,
+                preexec_fn=_heed_interrupts if os.name == "posix" else None,
             )
         try:
             self._wait_until_ready()
@@ -242,6 +243,11 @@ class Server:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
+
+
+def _heed_interrupts() -> None:
+    """The background jobs of a script ignore Ctrl-C, and so would a server they start, which is stopped by it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _install_pack(custom_nodes: Path) -> None:

@@ -1,6 +1,9 @@
 """The real server starts with the pack, answers, and stops."""
 
 import re
+import signal
+
+from workspace import Server
 
 
 def test_the_server_imports_the_pack_without_complaint(server, client):
@@ -25,3 +28,13 @@ def test_every_node_is_in_object_info(client):
         "MendSafetyCheck",
     } <= nodes
     assert all(name.startswith("Mend") for name in nodes)
+
+
+def test_a_server_started_by_a_background_job_still_stops(workspace, tmp_path):
+    """Such jobs ignore SIGINT, and so does what they start."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Server(workspace, tmp_path):
+            pass  # leaving shows that it ends by itself
+    finally:
+        signal.signal(signal.SIGINT, before)
