@@ -20,10 +20,9 @@ from torch import Tensor
 
 from .blend import paste
 from .images import pair, resize
+from .marching import Hole, navier_stokes, telea
 from .masks import FloatArray, OnImage, bounding_box, expand_box, opencv
 from .types import Box, InputError, MissingPackageError, Size, check_range
-
-Hole = npt.NDArray[np.bool_]
 
 MAX_RADIUS = 64
 CONTEXT = 1.0
@@ -49,9 +48,9 @@ class FillMethod(str, Enum):
     BLUR = "blur"
     """The colours around the hole flow into it smoothly."""
     TELEA = "telea"
-    """Fast marching (Telea 2004); OpenCV."""
+    """Weighted means from the rim inwards (Telea 2004)."""
     NAVIER_STOKES = "navier-stokes"
-    """Lines of equal brightness continue into the hole (Bertalmio et al. 2001); OpenCV."""
+    """Lines of equal brightness continue into the hole (Bertalmio et al. 2001)."""
     PATCHMATCH = "patchmatch"
     """Texture and structure copied from elsewhere in the picture (Barnes et al. 2009); pypatchmatch."""
 
@@ -80,7 +79,8 @@ def fill(
     The hole is every pixel above 0; grey values mix the fill with the original in their proportion, and where the mask
     is 0 the image stays as it is, bit for bit. An alpha channel becomes opaque where something was filled. ``radius``
     (1..64) means what DEFAULT_RADIUS says; other methods have none. ``seed`` decides PatchMatch's search, the same for
-    every image of a batch. Telea, Navier-Stokes and PatchMatch compute the hole at 8 bits.
+    every image of a batch. PatchMatch computes the hole at 8 bits, and so do Telea and Navier-Stokes where OpenCV does
+    them; where it is not installed ``marching`` does, and the hole differs slightly.
 
     Raises InputError when the mask leaves nothing to fill from, and MissingPackageError.
     """
@@ -187,12 +187,16 @@ def _pull_push(planes: Tensor, known: Tensor) -> Tensor:
 
 
 def _fill_telea(pixels: FloatArray, hole: Hole, options: _Options) -> FloatArray:
-    cv2 = _require_opencv(FillMethod.TELEA)
+    cv2 = opencv()
+    if cv2 is None:
+        return telea(pixels, hole, options.radius)
     return _from_bytes(cv2.inpaint(_to_bytes(pixels), hole.astype(np.uint8), options.radius, cv2.INPAINT_TELEA))
 
 
 def _fill_navier_stokes(pixels: FloatArray, hole: Hole, options: _Options) -> FloatArray:
-    cv2 = _require_opencv(FillMethod.NAVIER_STOKES)
+    cv2 = opencv()
+    if cv2 is None:
+        return navier_stokes(pixels, hole, options.radius)
     return _from_bytes(cv2.inpaint(_to_bytes(pixels), hole.astype(np.uint8), options.radius, cv2.INPAINT_NS))
 
 
@@ -226,16 +230,6 @@ def _patchmatch(pixels: FloatArray, hole: Hole, options: _Options) -> FloatArray
         # where so little is known that no patch fits into it
         filled[missed] = _fill_blur(pixels, hole, options)[missed]
     return filled
-
-
-def _require_opencv(method: FillMethod) -> ModuleType:
-    cv2 = opencv()
-    if cv2 is None:
-        raise MissingPackageError(
-            f'The fill method "{method.value}" needs OpenCV; run "pip install opencv-python-headless" in ComfyUI\'s'
-            " Python, or choose another method."
-        )
-    return cv2
 
 
 def _require_patchmatch() -> ModuleType:
