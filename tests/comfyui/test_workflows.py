@@ -175,7 +175,7 @@ def test_bad_constants_are_refused_before_anything_runs(client):
     from workspace import PromptRejectedError
 
     for changes, words in (
-        ({"width": 7}, "at least 16"),
+        ({"width": 7}, "give 16 to 16384"),
         ({"width": 100, "compat": "diffusers"}, "multiple of 8"),
         ({"scheduler": "euler"}, "euler"),
         ({"steps": 0}, "steps"),
