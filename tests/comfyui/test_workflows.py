@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comfyui_mend.engine.fill import FillMethod
 from conftest import ROOT
 from PIL import Image
 from tiny import photo_and_mask, save_tiny_model
@@ -169,6 +170,22 @@ def test_an_api_graph_may_leave_out_what_has_a_default(client):
     for name in ("count", "width", "height", "crop", "compat", "sigmas"):
         workflow["4"]["inputs"].pop(name, None)
     finished(client, workflow)
+
+
+@pytest.mark.parametrize("method", [method.value for method in FillMethod])
+def test_every_fill_method_fills_the_hole_and_nothing_else(client, method):
+    """ComfyUI does not bring OpenCV, which Telea and Navier-Stokes use where it is installed."""
+    workflow = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": PHOTO}},
+        "2": {"class_type": "MendFill", "inputs": {"image": ["1", 0], "mask": ["1", 1], "method": method}},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "filled"}},
+    }
+    result = pixels(client.image(finished(client, workflow).images[0]))
+    original = pixels(photo_with_hole())
+    changed = (result[..., :3] != original[..., :3]).any(axis=-1)
+    hole = original[..., 3] == 0
+    assert not changed[~hole].any()
+    assert changed[hole].mean() > 0.9
 
 
 def test_bad_constants_are_refused_before_anything_runs(client):
