@@ -121,9 +121,10 @@ def _fit_mask(mask: Tensor, size: Size) -> Tensor:
             " right-click the picture, open the Mask Editor and paint what to change."
         )
     if abs(came.width * size.height / (came.height * size.width) - 1) > ASPECT_TOLERANCE:
+        hint = " (Load Image gives 64x64 where nothing is painted)" if came == PLACEHOLDER else ""
         raise InputError(
-            f"The mask is {came} but the image is {size}, another shape; make the mask from this image, or resize it to"
-            f" {size}."
+            f"The mask is {came}{hint} but the image is {size}, another shape; make the mask from this image, or resize"
+            f" it to {size}."
         )
     return resize_mask(mask, size)
 

@@ -21,7 +21,7 @@ from .masks import bounding_box, to_latent_grid
 from .models.protocol import Conditioning, InpaintModel, PromptSyntax
 from .sampling import Canvas, Stopwatch, decode_pixels, denoise, encode_guidance, make_schedule
 from .schedulers import Schedule
-from .types import MAX_SEED, Compat, Crop, InpaintRequest, InpaintResult, Size
+from .types import MAX_SEED, Compat, Crop, InpaintRequest, InpaintResult, Size, check_total
 
 MAX_BATCH_PIXELS = 64 * 512 * 512
 """Canvas pixels that are worked on together: a float32 RGB copy of them is 200 MB, and there are a few."""
@@ -47,7 +47,8 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host) -> Inpaint
     """Repaint what ``request.mask`` marks; the rest of the picture is returned bit-identical.
 
     With ``width`` and ``height`` the picture is first brought to that size. An empty mask or a strength of 0 gives the
-    input back, with a notice. Raises MendError for input or a model that cannot be used, and the host's own interrupt.
+    input back (whatever ``compat`` says), with a notice. Raises MendError for input or a model that cannot be used, and
+    the host's own interrupt.
     """
     request = normalise(request)
     seeds = seeds_of(request)
@@ -91,6 +92,8 @@ def normalise(request: InpaintRequest) -> InpaintRequest:
     if request.compat is Compat.OFF and (request.width or request.height):
         size = Size(request.width or own.width, request.height or own.height)
         image, mask = images.resize(image, size), images.resize_mask(mask, size)
+    if request.count > 1:
+        check_total(image.shape[0] * request.count, images.size_of(image))
     return replace(request, image=image, mask=mask)
 
 

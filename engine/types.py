@@ -16,22 +16,33 @@ MAX_SEED = 2**64 - 1
 MAX_SIDE = 16384
 MAX_PIXELS = 2**27
 """134 megapixels: 1.6 GB as float32 RGB."""
+MAX_TOTAL_PIXELS = 2**30
+"""Of all pictures that one run multiplies: 13 GB as float32 RGB."""
 
 
 class MendError(Exception):
     """A message for the person at the graph: what came, what was expected, what to do. One sentence."""
 
+    # ComfyUI shows the class with its module, which would be the path of the pack's folder
+    __module__ = "mend"
+
 
 class InputError(MendError, ValueError):
     """An image, mask, prompt or number that cannot be used."""
+
+    __module__ = "mend"
 
 
 class ModelFileError(MendError):
     """A model file or folder that cannot be used; the message names it."""
 
+    __module__ = "mend"
+
 
 class MissingPackageError(MendError, ImportError):
     """An optional package is not installed; the message names it and the option that needs it."""
+
+    __module__ = "mend"
 
 
 class Size(NamedTuple):
@@ -158,6 +169,16 @@ def check_area(size: Size) -> None:
         raise InputError(
             f"The result would be {size}; at most {MAX_SIDE} pixels a side and {MAX_PIXELS // 10**6} megapixels can be"
             " worked on, so ask for less."
+        )
+
+
+def check_total(pictures: int, size: Size) -> None:
+    """Raise InputError for more pictures than common machines hold together."""
+    fitting = max(MAX_TOTAL_PIXELS // (size.width * size.height), 1)
+    if pictures > fitting:
+        raise InputError(
+            f"{pictures} pictures of {size} would be made at once, and {fitting} fit: lower count and run again with"
+            " other seeds."
         )
 
 

@@ -156,6 +156,7 @@ def test_an_unpainted_mask_is_refused_in_one_sentence(client):
     run = client.run(workflow)
     assert run.status == "error"
     assert "No mask is painted" in run.error["exception_message"]
+    assert run.error["exception_type"] == "mend.InputError"
 
 
 def test_a_model_name_in_place_of_a_loaded_model_is_explained(client):

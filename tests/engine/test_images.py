@@ -65,3 +65,8 @@ def test_a_thin_stroke_fades_when_a_mask_shrinks_and_does_not_vanish():
     mask = torch.zeros(1, 400, 400)
     mask[:, 201, :] = 1
     assert float(resize_mask(mask, Size(50, 50)).amax(dim=1).min()) > 0.05
+
+
+def test_an_inverted_placeholder_says_where_it_comes_from():
+    with pytest.raises(InputError, match="Load Image gives 64x64 where nothing is painted"):
+        as_masks(torch.ones(1, 64, 64), torch.rand(1, 100, 150, 3))

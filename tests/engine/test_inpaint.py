@@ -461,3 +461,9 @@ def test_compat_refuses_sizes_the_pipeline_refuses(nine):
 def test_the_fixtures_are_what_they_say(nine, four):
     assert nine.facts.conditioning is Conditioning.CONCAT
     assert four.facts.conditioning is Conditioning.REPLACE
+
+
+def test_more_pictures_than_memory_holds_are_refused_before_anything_runs(nine):
+    image, mask = torch.zeros(1, 1, 1, 3).expand(1, 5000, 5000, 3), torch.ones(1, 1, 1).expand(1, 5000, 5000)
+    with pytest.raises(InputError, match="64 pictures of 5000x5000 would be made at once, and 42 fit"):
+        run(nine, image, mask, count=64)
