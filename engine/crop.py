@@ -45,6 +45,15 @@ class CropPlan:
         part = mask[:, self.box.rows, self.box.columns]
         return self._pad(images.resize_mask(part, self.scaled)[:, None])[:, 0]
 
+    def cut_hole(self, mask: Tensor) -> Tensor:
+        """Masks [B, H, W] -> canvas [B, h, w] of 0 and 1: 1 where ``cut`` may show anything that the mask touches."""
+        hole = (self.cut_mask(mask) > 0).to(mask)
+        if self.scaled == self.box.size:
+            return hole
+        # the pictures' bicubic filter reaches a pixel further than the masks' bilinear one, the larger of both pixels
+        reach = math.ceil(max(1, self.scaled.width / self.box.width, self.scaled.height / self.box.height))
+        return F.max_pool2d(hole[:, None], 2 * reach + 1, stride=1, padding=reach)[:, 0]
+
     def uncut(self, canvas: Tensor) -> Tensor:
         """Canvas [B, h, w, C] -> the box's part of the picture, [B, box height, box width, C]."""
         return images.resize(canvas[:, : self.scaled.height, : self.scaled.width], self.box.size)

@@ -142,13 +142,14 @@ def prepare_canvas(
 ) -> Canvas:
     """The jobs' crops in latent space, each with noise of its own seed.
 
-    The hole is every pixel the stitch mask touches at all, and a latent cell is repainted when any of its pixels is in
-    the hole: strokes thinner than a cell survive. The VAE's posterior mean is used, where diffusers draws a sample.
+    The hole is every pixel the stitch mask touches at all, so that an inpainting model sees nothing of what it is to
+    replace, and a latent cell is repainted when any of its pixels is in the hole: strokes thinner than a cell survive.
+    The VAE's posterior mean is used, where diffusers draws a sample.
     """
     sources = list(dict.fromkeys(job.source for job in jobs))
     plans = {job.source: job.plan for job in jobs}
     pixels = torch.cat([plans[s].cut(request.image[s : s + 1, ..., :3]) for s in sources])
-    hole = (torch.cat([plans[s].cut_mask(request.mask[s : s + 1]) for s in sources]) > 0).float()
+    hole = torch.cat([plans[s].cut_hole(request.mask[s : s + 1]) for s in sources])
     pixels, hole = pixels.cpu().permute(0, 3, 1, 2) * 2 - 1, hole.cpu()
     rows = torch.tensor([sources.index(job.source) for job in jobs])
 

@@ -1,5 +1,6 @@
+import pytest
 import torch
-from comfyui_mend.engine.crop import MAX_ASPECT, MIN_CONTEXT, around, whole
+from comfyui_mend.engine.crop import MAX_ASPECT, MIN_CONTEXT, CropPlan, around, whole
 from comfyui_mend.engine.types import Box, Size
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,3 +96,23 @@ def test_a_resampled_round_trip_keeps_a_smooth_picture():
     original = picture[:, plan.box.rows, plan.box.columns]
     assert back.shape == original.shape
     assert float((back - original).abs().mean()) < 1e-3
+
+
+@pytest.mark.parametrize("scale", [0.2, 0.43, 0.9, 1.0, 1.3, 2.5, 6.0])
+def test_nothing_under_the_mask_shows_on_the_canvas_outside_the_hole(scale):
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.rand(1, 120, 150, 3, generator=generator)
+    mask = torch.zeros(1, 120, 150)
+    mask[:, 33:71, 40:97] = 1
+    mask[:, 100, 3] = 0.02
+    other = torch.where(mask[..., None] > 0, torch.rand(1, 120, 150, 3, generator=generator), picture)
+    size = Size(round(150 * scale), round(120 * scale))
+    plan = CropPlan(Box(0, 0, 150, 120), size, size)
+    kept = 1 - plan.cut_hole(mask)[..., None]
+    assert torch.equal(plan.cut(picture) * kept, plan.cut(other) * kept)
+    # and the hole is not much larger than it has to be
+    reach = 3 * max(1, scale)
+    assert (
+        float((1 - kept).sum())
+        <= (57 * scale + 2 * reach + 2) * (38 * scale + 2 * reach + 2) + (2 * reach + scale + 2) ** 2
+    )
