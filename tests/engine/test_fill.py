@@ -38,7 +38,7 @@ def stripes(height=96, width=96, period=8):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.integers(2, 40),
     st.integers(2, 40),

@@ -67,7 +67,7 @@ def discs(radius):
 
 
 @FILLS
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 24),
     st.integers(1, 24),

@@ -16,7 +16,7 @@ def picture(height=40, width=60, batch=1, channels=3, seed=0):
 sides = st.builds(Padding, *[st.sampled_from([0, 1, 7, 30])] * 4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 30), st.integers(1, 30), sides, st.integers(0, 50), st.sampled_from([3, 4]))
 def test_the_original_lies_in_the_canvas_bit_for_bit_under_a_mask_that_covers_the_rest(
     height, width, padding, feather, channels
@@ -39,7 +39,7 @@ def test_the_original_lies_in_the_canvas_bit_for_bit_under_a_mask_that_covers_th
     assert padded.mask.min() >= 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 20), st.integers(1, 20), sides, st.integers(0, 30))
 def test_padding_commutes_with_flips(height, width, padding, feather):
     image = picture(height, width)

@@ -130,7 +130,7 @@ def test_balanced_parentheses_never_reach_the_text(prompt):
 PIECES = st.sampled_from([*"()\\:1 ,<[é!\n\0", "embedding:", "x", "../", "cat"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(prompt=st.lists(PIECES, max_size=40).map("".join))
 def test_any_prompt_becomes_full_chunks(prompt, tokenizer):
     groups = token_groups(prompt, tokenizer, lambda name: torch.ones(3, WIDTH) if "x" in name else None)
