@@ -244,7 +244,7 @@ def _format_of(path: Path) -> str:
         return WRITABLE[path.suffix.lower()]
     except KeyError:
         raise InputError(
-            f"{path.name} has the ending {path.suffix or '(none)'}; name a .png, .jpg or .webp file."
+            f"{path.name or 'The output'} has the ending {path.suffix or '(none)'}; name a .png, .jpg or .webp file."
         ) from None
 
 

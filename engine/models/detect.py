@@ -158,7 +158,7 @@ def check_folder(folder: Path) -> None:
     """Raises ModelFileError unless ``folder`` is a diffusers pipeline of a supported family, by its configs."""
     name = folder.name
     if not folder.is_dir():
-        raise ModelFileError(f"{name} is neither a folder nor a file: choose a model from the menu.")
+        raise ModelFileError(f"{name} is neither a folder nor a file: name one that exists.")
     index = folder / "model_index.json"
     kind = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
     if not (folder / "unet" / "config.json").is_file():
