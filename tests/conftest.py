@@ -10,12 +10,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # tiny tensors: threads only get in each other's way
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from hypothesis import settings
-
-# a busy machine is not a failure, and neither is an example that nobody saw before
-settings.register_profile("mend", deadline=None, derandomize=True)
-settings.load_profile("mend")
-
 ROOT = Path(__file__).resolve().parents[1]
 
 if "comfyui_mend" not in sys.modules:

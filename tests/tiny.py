@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from conftest import ROOT
 
-TOKENIZER = ROOT / "engine" / "models" / "configs" / "tokenizer"
+TOKENIZER = Path(__file__).resolve().parents[1] / "engine" / "models" / "configs" / "tokenizer"
 
 # scheduler_config.json of the Stable Diffusion 1.5 inpainting checkpoint
 SD15_SCHEDULER = {
