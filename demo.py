@@ -34,6 +34,7 @@ from .contact_sheet import Row
 from .engine.files import read_image, read_mask, write_image
 from .engine.fill import FillMethod, fill
 from .engine.host import LocalHost
+from .engine.images import to_bytes
 from .engine.inpaint import inpaint
 from .engine.masks import MaskOptions, prepare
 from .engine.models.detect import CONFIGS, check_folder, recognise
@@ -510,5 +511,5 @@ def _save_sheet(out: Path, scenes: Sequence[Scene], runner: str) -> Path:
 
 
 def _picture(pixels: Tensor) -> Image.Image:
-    levels = (pixels[0] * 255).round().to(torch.uint8).numpy()
+    levels = to_bytes(pixels[0])
     return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
