@@ -25,6 +25,11 @@ HERE = Path(__file__).resolve().parent
 HOW_TO_GET_ONE = "install one with `comfy install`, or set COMFYUI_PATH to its folder"
 
 
+def documented_nodes() -> list[str]:
+    """Every node has a help page, and every help page a node."""
+    return sorted(page.stem for page in (comfy_workspace.PACK / "web" / "docs").glob("Mend*.md"))
+
+
 def ensure_requirements(workspace: Workspace) -> None:
     """What ComfyUI Manager does when it installs the pack, once."""
     from filelock import FileLock
