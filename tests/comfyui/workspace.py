@@ -27,7 +27,7 @@ HOW_TO_GET_ONE = "install one with `comfy install`, or set COMFYUI_PATH to its f
 
 def documented_nodes() -> list[str]:
     """Every node has a help page, and every help page a node."""
-    return sorted(page.stem for page in (comfy_workspace.PACK / "web" / "docs").glob("Mend*.md"))
+    return sorted(page.stem for page in (comfy_workspace.ROOT / "web" / "docs").glob("Mend*.md"))
 
 
 def ensure_requirements(workspace: Workspace) -> None:
