@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_mend import cli
+from comfyui_mend.cli import common, paint
 from comfyui_mend.engine.files import MaskChannel, read_image, read_mask, read_parameters
 from comfyui_mend.engine.fill import FillMethod
 from comfyui_mend.engine.host import LocalHost
@@ -188,7 +189,7 @@ def test_outpaint_pad_only_needs_no_model_and_writes_the_mask(mend, monkeypatch)
     assert torch.equal(read_image("p.png")[:, :, :256], read_image("coffee.png"))
 
 
-@pytest.mark.parametrize("method", cli.FILLS)
+@pytest.mark.parametrize("method", common.FILLS)
 def test_fill_changes_the_hole_alone(mend, method):
     assert mend("fill", "coffee.png", "mask.png", "--method", method, "-o", "x.png")[0] == 0
     assert outside("x.png") == 0
@@ -421,15 +422,15 @@ def test_an_erased_hole_serves_as_image_and_mask(mend):
 
 def test_the_choices_spelled_out_are_the_engines():
     for spelled, real in [
-        (cli.SIGMAS, Sigmas),
-        (cli.CROPS, Crop),
-        (cli.COMPATS, Compat),
-        (cli.FILLS, FillMethod),
-        (cli.SAFETY_ACTIONS, SafetyAction),
-        (cli.MASK_CHANNELS, MaskChannel),
+        (paint.SIGMAS, Sigmas),
+        (paint.CROPS, Crop),
+        (paint.COMPATS, Compat),
+        (common.FILLS, FillMethod),
+        (paint.SAFETY_ACTIONS, SafetyAction),
+        (common.MASK_CHANNELS, MaskChannel),
     ]:
         assert spelled == tuple(choice.value for choice in real)
-    assert tuple(SCHEDULERS) == cli.SCHEDULERS
+    assert tuple(SCHEDULERS) == paint.SCHEDULERS
 
 
 def subcommands():

@@ -22,7 +22,7 @@ ARROWS = {
     "comfy_workspace": set(),
     "contact_sheet": {"engine"},
     "demo": {"engine", "comfy_workspace", "contact_sheet"},
-    "cli": {"engine", "comfy_workspace", "demo"},
+    "cli": {"cli", "engine", "comfy_workspace", "demo"},
 }
 
 

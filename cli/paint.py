@@ -1,0 +1,283 @@
+"""mend inpaint, and the diffusion run it shares with mend outpaint."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import (
+    Commands,
+    Report,
+    add_checker,
+    add_image_and_mask,
+    add_machine,
+    add_output,
+    clock,
+    command,
+    local_host,
+    rounded,
+    show_files,
+    version,
+    which,
+    write,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..engine.host import LocalHost
+    from ..engine.safety import SafetyChecker
+    from ..engine.types import InpaintRequest
+
+# The engine's choices, spelled out because importing them takes seconds; a test keeps the two equal.
+SCHEDULERS = (
+    "DPMSolverMultistep",
+    "DDIM",
+    "K_EULER",
+    "K_EULER_ANCESTRAL",
+    "PNDM",
+    "KLMS",
+    "UniPC",
+    "DEIS",
+    "Heun",
+    "KDPM2",
+    "KDPM2_ANCESTRAL",
+    "DPM++2M_KARRAS",
+    "DPM++2M_SDE",
+    "DPM++SDE",
+    "LCM",
+    "TCD",
+)
+SIGMAS = ("default", "karras", "exponential", "beta")
+CROPS = ("auto", "off")
+COMPATS = ("off", "diffusers")
+SAFETY_ACTIONS = ("black", "blur", "pass")
+
+RANDOM_SEEDS = 2**32
+"""A random seed is short enough to be typed again."""
+
+EXAMPLES = """\
+examples:
+  mend inpaint room.jpg mask.png -p "a green armchair" -o chair.png
+  mend inpaint room.jpg mask.png -p "a window" --count 4 -o try.png       # try-1.png ... try-4.png
+  mend inpaint cut.png cut.png --mask-channel alpha -p "a lake" -o lake.png
+  mend inpaint room.jpg mask.png -p "a rug" -o rug.png --json | jq .seed
+
+Image i of a run is made with seed + i, so each can be made again alone."""
+
+
+def add(commands: Commands) -> None:
+    parser = command(
+        commands,
+        "inpaint",
+        "IMAGE MASK -p PROMPT -o OUT",
+        "repaint the masked part of a picture from a prompt",
+        EXAMPLES,
+    )
+    parser.set_defaults(command=run, show=show_files)
+    add_image_and_mask(parser)
+    add_output(parser, "where the picture goes: .png, .jpg or .webp; with --count N, OUT-1 ... OUT-N")
+    add_diffusion(parser)
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    from ..engine.files import MaskChannel, read_image, read_mask
+
+    inputs = [arguments.image, arguments.mask]
+    with clock("read") as timings:
+        image = read_image(arguments.image)
+        mask = read_mask(arguments.mask, MaskChannel(arguments.mask_channel))
+    return paint(arguments, image, mask, inputs, timings)
+
+
+def paint(
+    arguments: argparse.Namespace, image: Tensor, mask: Tensor, inputs: list[Path], timings: dict[str, float]
+) -> Report:
+    """The diffusion path. Everything that can be refused is refused before the model is loaded."""
+    from ..engine.files import check_outputs, numbered
+    from ..engine.inpaint import inpaint, normalise
+    from ..engine.models.load import load_model
+
+    request = _request(arguments, image, mask)
+    outputs = numbered(arguments.out, request.count)
+    check_outputs(outputs, inputs=inputs, force=arguments.force)
+    normalise(request)
+    _check_schedule(request)
+    host = local_host(arguments)
+    path = find_model(arguments, host)
+    notices: list[str] = []
+    with clock("load", timings):
+        checker = _safety_checker(arguments, host, notices)
+        model = load_model(path, host, config=arguments.config, prediction_type=arguments.prediction_type)
+    result = inpaint(request, model, host)
+    timings |= result.timings
+
+    report = {
+        "files": [str(output) for output in outputs],
+        "seed": result.seeds[0],
+        "seeds": list(result.seeds),
+        "scores": None,
+        "flagged": None,
+        "model": str(path),
+        "device": str(host.device),
+        "notices": [*notices, *result.notices],
+    }
+    images = result.images
+    if checker is not None:
+        with clock("safety", timings):
+            images = _judge(arguments, images, checker, report)
+    with clock("write", timings):
+        for picture, output, seed in zip(images, outputs, result.seeds, strict=True):
+            write(arguments, output, picture, _parameters(request, seed, path), inputs)
+    return report | {"timings": rounded(timings)}
+
+
+def _request(arguments: argparse.Namespace, image: Tensor, mask: Tensor) -> InpaintRequest:
+    """Flags that were not given leave the request's own defaults."""
+    from ..engine.types import Compat, Crop, InpaintRequest, Sigmas
+
+    enums: dict[str, Callable[[str], Any]] = {"sigmas": Sigmas, "crop": Crop, "compat": Compat}
+    names = InpaintRequest.__dataclass_fields__.keys() & vars(arguments).keys() - {"image", "mask"}
+    given = {name: enums.get(name, lambda value: value)(getattr(arguments, name)) for name in names}
+    return InpaintRequest(image=image, mask=mask, **{"seed": secrets.randbelow(RANDOM_SEEDS), **given})
+
+
+def _check_schedule(request: InpaintRequest) -> None:
+    """Refuse a scheduler, spacing or strength before the model is loaded; its config cannot make them right."""
+    from ..engine.schedulers import plan
+
+    if request.strength > 0:
+        plan(request.scheduler, {}, request.steps, request.strength, sigmas=request.sigmas, compat=request.compat)
+
+
+def _parameters(request: InpaintRequest, seed: int, model: Path) -> dict[str, Any]:
+    """What makes this one picture again."""
+    return {
+        "software": f"comfyui-mend {version()}",
+        "model": model.name,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "scheduler": request.scheduler,
+        "sigmas": request.sigmas.value,
+        "steps": request.steps,
+        "guidance_scale": request.guidance_scale,
+        "strength": request.strength,
+        "seed": seed,
+        "width": request.width,
+        "height": request.height,
+        "crop": request.crop.value,
+        "compat": request.compat.value,
+    }
+
+
+def find_model(arguments: argparse.Namespace, host: LocalHost) -> Path:
+    """The model that --model names, by path or by its name in `mend models`; without --model, the only one there is."""
+    from ..engine.models.load import find_models
+    from ..engine.types import ModelFileError
+
+    wanted = arguments.model
+    if wanted and Path(wanted).exists():
+        return Path(wanted)
+    found = find_models(host)
+    if wanted:
+        same = [path for name, path in found.items() if wanted in (name, name.removesuffix(".safetensors"), path.stem)]
+        if same:
+            return same[0]
+    elif len(found) == 1:
+        return next(iter(found.values()))
+    names = ", ".join(list(found)[:5]) + (", ..." if len(found) > 5 else "")
+    if wanted and found:
+        raise ModelFileError(f'There is no model "{wanted}"; `mend models` lists what there is: {names}.')
+    if wanted:
+        raise ModelFileError(
+            f'There is no model "{wanted}", neither as a path nor in a model folder (mend models --help).'
+        )
+    if found:
+        raise ModelFileError(f"There are {len(found)} models; choose one with --model: {names}.")
+    raise ModelFileError(
+        "No model was found; give --model PATH, put one into ./models, or download one with `mend models pull REPO`."
+    )
+
+
+def _safety_checker(arguments: argparse.Namespace, host: LocalHost, notices: list[str]) -> SafetyChecker | None:
+    """A checker that is not installed stops only those who asked for a check."""
+    from ..engine.safety import load_safety_checker
+    from ..engine.types import MissingPackageError
+
+    if arguments.safety is False:
+        return None
+    try:
+        return load_safety_checker(arguments.safety_checker, host)
+    except MissingPackageError as error:
+        if arguments.safety:
+            raise
+        notices.append(f"The result is not checked for safety. {error}")
+        return None
+
+
+def _judge(arguments: argparse.Namespace, images: Tensor, checker: SafetyChecker, report: Report) -> Tensor:
+    """The pictures after the safety check, whose scores go into ``report``."""
+    from ..engine.safety import SafetyAction, check
+
+    action = SafetyAction(arguments.safety_action)
+    result = check(images, checker, threshold=arguments.safety_threshold, action=action)
+    report["scores"] = [score.score for score in result.scores]
+    report["flagged"] = list(result.flags)
+    if result.flagged and action is not SafetyAction.PASS:
+        report["notices"].append(
+            f"{sum(result.flags)} of {len(images)} pictures came out unsafe and were replaced ({action.value});"
+            " --safety-action pass keeps such pictures."
+        )
+    return result.images
+
+
+def add_diffusion(parser: argparse.ArgumentParser) -> None:
+    prompts = parser.add_argument_group("prompt")
+    add_field(prompts, "-p", "--prompt", metavar="TEXT", help="what the masked area should show; (word:1.2) stresses")
+    add_field(prompts, "--negative-prompt", metavar="TEXT", help="what it should not show")
+
+    sampling = parser.add_argument_group("sampling")
+    add_field(
+        sampling, "--scheduler", metavar="NAME", help=f"one of {', '.join(SCHEDULERS)} (default: {SCHEDULERS[0]})"
+    )
+    add_field(sampling, "--sigmas", **which(SIGMAS, "spacing of the noise levels (default: default)"))
+    add_field(sampling, "--steps", type=int, metavar="N", help="1..500 (default: 25)")
+    add_field(sampling, "--guidance-scale", type=float, metavar="X", help="0..50: how strictly (default: 7.5)")
+    add_field(sampling, "--strength", type=float, metavar="X", help="0..1: 1 starts from noise (default: 1.0)")
+    add_field(sampling, "--seed", type=int, metavar="N", help="0..2^64-1 (default: random, and printed)")
+    add_field(sampling, "--count", type=int, metavar="N", help="1..64 pictures (default: 1)")
+    add_field(sampling, "--width", type=int, metavar="PX", help="of the result; 0: the image's own (default: 0)")
+    add_field(sampling, "--height", type=int, metavar="PX", help="of the result; 0: the image's own (default: 0)")
+    add_field(
+        sampling, "--crop", **which(CROPS, "what the model sees: the mask's surroundings, or all (default: auto)")
+    )
+    add_field(sampling, "--compat", **which(COMPATS, "follow diffusers' pipeline to rounding (default: off)"))
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="MODEL", help="a path, or a name from `mend models` (default: the only one)")
+    model.add_argument(
+        "--config", type=Path, metavar="DIR", help="a diffusers folder whose configs replace the model's"
+    )
+    model.add_argument("--prediction-type", **which(("epsilon", "v_prediction"), "what the model predicts"))
+
+    safety = parser.add_argument_group("safety")
+    safety.add_argument(
+        "--safety",
+        action=argparse.BooleanOptionalAction,
+        help="score the finished picture (default: where the checker is installed)",
+    )
+    safety.add_argument(
+        "--safety-action",
+        default="black",
+        **which(SAFETY_ACTIONS, "what becomes of a flagged picture (default: %(default)s)"),
+    )
+    add_checker(safety)
+    add_machine(parser)
+
+
+def add_field(group: Any, *flags: str, **options: Any) -> None:
+    """A flag that is a field of InpaintRequest: absent from the namespace when it is not given."""
+    group.add_argument(*flags, default=argparse.SUPPRESS, **options)
