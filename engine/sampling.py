@@ -25,9 +25,11 @@ class Canvas:
     mask: Tensor
     """[N or 1, 1, h, w]; 1 = repaint."""
     image: Tensor | None
-    """The clean picture's latents; needed unless the run starts from noise on a CONCAT model."""
+    """The clean picture's latents; needed unless the run is not soft and starts from noise on a CONCAT model."""
     masked_image: Tensor | None
     """The latents of the picture with a hole; needed by CONCAT models."""
+    soft: Tensor | None = None
+    """[N, 1, h, w] in 0..1: the share of the evaluations, counted from the end, that may change each cell."""
 
     def expand(self, planes: Tensor) -> Tensor:
         return planes.expand(len(self.noise), -1, -1, -1)
@@ -78,8 +80,10 @@ def denoise(
     """The clean latents [N, C, h, w] at the end of ``schedule``.
 
     A CONCAT model is shown the mask and the masked picture beside the latents; for a REPLACE model the kept area is put
-    back after every evaluation, at the noise level the state has then. ``generators`` feed stochastic schedulers, one
-    per row or one for all. ``progress`` counts evaluations on from ``first_step``.
+    back after every evaluation, at the noise level the state has then. A soft canvas does that with either, and lets
+    go of a cell the earlier the higher its value: a value of 0.3 is a strength of 0.3 there (Levin and Fried,
+    Differential Diffusion, arXiv 2306.00950). ``generators`` feed stochastic schedulers, one per row or one for all.
+    ``progress`` counts evaluations on from ``first_step``.
     """
     conditioning = model.facts.conditioning
     noise_generators = generators if isinstance(generators, torch.Generator) else list(generators)
@@ -91,12 +95,23 @@ def denoise(
         )
         preview = schedule.denoised(scaled, output, index)
         latents = schedule.step(output, index, latents, noise_generators)
-        if conditioning is Conditioning.REPLACE:
+        free = _free_cells(canvas, conditioning, schedule.evaluations - index, schedule.evaluations)
+        if free is not None:
             assert canvas.image is not None
             kept = schedule.renoise(canvas.expand(canvas.image), canvas.noise, index)
-            latents = (1 - canvas.mask) * kept + canvas.mask * latents
+            latents = (1 - free) * kept + free * latents
         progress.update(first_step + index + 1, preview)
     return latents
+
+
+def _free_cells(canvas: Canvas, conditioning: Conditioning, remaining: int, total: int) -> Tensor | None:
+    """1 where an evaluation with ``remaining`` of ``total`` to run, itself included, may change the latents; None where
+    it may everywhere."""
+    if canvas.soft is None:
+        return canvas.mask if conditioning is Conditioning.REPLACE else None
+    # as many as a run of that strength has: rounded down, but at least one
+    running = (canvas.soft * total + 1e-4).floor().clamp(min=1)
+    return ((running >= remaining) & (canvas.soft > 0)).to(canvas.soft)
 
 
 def _network_input(scaled: Tensor, canvas: Canvas, conditioning: Conditioning) -> Tensor:

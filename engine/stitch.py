@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
 from torch import Tensor
 
 from .blend import match_ring, paste
-from .types import check_range
-
-
-class Blend(str, Enum):
-    """How the painted part and its surroundings are joined."""
-
-    AUTO = "auto"
-    """Measures the error on the ring around the mask and picks one of the others."""
-    LINEAR = "linear"
-    """The mask's values mix the two pictures."""
-    MULTIBAND = "multiband"
-    """Each band of detail is mixed over its own width (Burt and Adelson 1983)."""
-    POISSON = "poisson"
-    """The painted part keeps its gradients and takes its tone from the rim (Perez et al. 2003)."""
+from .types import Blend, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +47,7 @@ def stitch(
     original: Tensor,
     painted: Tensor,
     mask: Tensor,
-    options: StitchOptions = StitchOptions(),  # noqa: B008
+    options: StitchOptions = StitchOptions(),
     *,
     repainted: Tensor | None = None,
 ) -> Stitched:

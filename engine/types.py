@@ -91,6 +91,21 @@ class Crop(str, Enum):
     """The surroundings of the mask, at the model's native size."""
     OFF = "off"
     """The whole picture at its own size."""
+    EACH = "each"
+    """As AUTO, once for every separate part of the mask."""
+
+
+class Blend(str, Enum):
+    """How the painted part and its surroundings are joined."""
+
+    AUTO = "auto"
+    """Measures the error on the ring around the mask and picks one of the others."""
+    LINEAR = "linear"
+    """The mask's values mix the two pictures."""
+    MULTIBAND = "multiband"
+    """Each band of detail is mixed over its own width (Burt and Adelson 1983)."""
+    POISSON = "poisson"
+    """The painted part keeps its gradients and takes its tone from the rim (Perez et al. 2003)."""
 
 
 class Compat(str, Enum):
@@ -143,6 +158,15 @@ class InpaintRequest:
     height: int = 0
     crop: Crop = Crop.AUTO
     compat: Compat = Compat.OFF
+    sampler_mask: Tensor | None = None
+    """[B or 1, H, W], 0..1: where the model paints, if not everywhere that ``mask`` touches."""
+    soft: bool = False
+    """Grey values of the sampler's mask repaint less, each as if it were the strength there."""
+    blend: Blend = Blend.AUTO
+    color_match: float = 1.0
+    """0..1: how much of a tone difference around the mask is taken off the painted part."""
+    grain: float = 0.0
+    """0..1: how much of the surroundings' grain the painted part is given."""
 
     def __post_init__(self) -> None:
         check_range("steps", self.steps, 1, 500)
@@ -150,6 +174,8 @@ class InpaintRequest:
         check_range("strength", self.strength, 0, 1)
         check_range("seed", self.seed, 0, MAX_SEED)
         check_range("count", self.count, 1, 64)
+        check_range("color_match", self.color_match, 0, 1)
+        check_range("grain", self.grain, 0, 1)
         for name, value in (("width", self.width), ("height", self.height)):
             if value != 0:
                 check_range(name, value, 16, MAX_SIDE, "or 0 for the image's own size")
