@@ -1,7 +1,7 @@
 """The main path: a picture, a mask and a prompt in; the picture with the masked part repainted out.
 
-normalise -> plan a crop around each mask -> encode -> denoise -> decode -> match colour on a ring -> paste back, so
-that every pixel whose mask is 0 leaves as it came, bit for bit.
+normalise -> plan a crop around each mask -> encode -> denoise -> decode -> stitch back, so that every pixel whose mask
+is 0 leaves as it came, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,27 +14,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import compat, crop, images
-from .blend import match_ring, paste
 from .crop import CropPlan
 from .host import Host
 from .masks import bounding_box, to_latent_grid
 from .models.protocol import Conditioning, InpaintModel, PromptSyntax
 from .sampling import Canvas, Stopwatch, decode_pixels, denoise, encode_guidance, make_schedule
 from .schedulers import Schedule
-from .types import MAX_SEED, Compat, Crop, InpaintRequest, InpaintResult, Size, check_total
+from .stitch import StitchOptions, stitch
+from .types import MAX_SEED, Compat, Crop, InpaintRequest, InpaintResult, InputError, Size, check_total
 
 MAX_BATCH_PIXELS = 64 * 512 * 512
 """Canvas pixels that are worked on together: a float32 RGB copy of them is 200 MB, and there are a few."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One picture to make: the input image it comes from, its seed and its crop."""
+PART_SEED = 2**32
+"""Added to the seed for each further part of a mask."""
+SOFT_EDGE = 0.1
+"""Soft mask values from here up are pasted as painted; below, where next to nothing was repainted, they fade."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What is cropped and repainted as one: the mask of an input image, or a separate part of it."""
 
     source: int
+    """The input image."""
+    plan: CropPlan
+    stitch_mask: Tensor
+    """[1, H, W] of the whole picture."""
+    sampler_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """One part to paint for one result."""
+
+    part: Part
     output: int
     seed: int
-    plan: CropPlan
 
     @property
     def generator(self) -> torch.Generator:
@@ -67,6 +84,7 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host) -> Inpaint
     groups = batches(jobs)
     schedules = [make_schedule(request, model) for _ in groups]
     progress = host.progress(sum(schedule.evaluations for schedule in schedules), "inpaint")
+    reports: list[tuple[str, ...]] = [()] * len(results)
     done = 0
     for group, schedule in zip(groups, schedules, strict=True):
         with clock.phase("encode"):
@@ -78,23 +96,39 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host) -> Inpaint
             painted = decode_pixels(model, latents)
         with clock.phase("paste"):
             for job, pixels, cells in zip(group, painted, canvas.mask, strict=True):
-                paste_job(request, job, pixels[None].to(results), cells.to(results), results)
+                reports[job.output] += paste_job(request, job, pixels[None].to(results), cells.to(results), results)
         done += schedule.evaluations
-    untouched = request.image.shape[0] - len({job.source for job in jobs})
+    untouched = request.image.shape[0] - len({job.part.source for job in jobs})
     notices = (f"{untouched} of the masks are empty: their pictures are returned as they came.",) if untouched else ()
-    return InpaintResult(images=results, mask=request.mask, seeds=seeds, notices=notices, timings=dict(clock.seconds))
+    return InpaintResult(
+        images=results,
+        mask=request.mask,
+        seeds=seeds,
+        notices=notices,
+        reports=tuple("; ".join(lines) for lines in reports),
+        timings=dict(clock.seconds),
+    )
 
 
 def normalise(request: InpaintRequest) -> InpaintRequest:
-    """The same request with image [B, H, W, 3 or 4] and mask [B, H, W] at the size the result will have."""
+    """The same request with image [B, H, W, 3 or 4] and both masks [B, H, W] at the size the result will have."""
+    if request.compat is Compat.DIFFUSERS and (request.soft or request.sampler_mask is not None):
+        raise InputError(
+            "compat=diffusers knows one mask of black and white; set compat to off for a soft or a sampler mask."
+        )
     image, mask = images.pair(request.image, request.mask)
+    sampler_mask = mask if request.sampler_mask is None else images.as_masks(request.sampler_mask, image)
     own = images.size_of(image)
     if request.compat is Compat.OFF and (request.width or request.height):
         size = Size(request.width or own.width, request.height or own.height)
-        image, mask = images.resize(image, size), images.resize_mask(mask, size)
+        image = images.resize(image, size)
+        mask, sampler_mask = images.resize_mask(mask, size), images.resize_mask(sampler_mask, size)
+    if request.soft and request.sampler_mask is None:
+        # the sampling itself fades; fading the paste too would bring back what was repainted
+        mask = (mask / SOFT_EDGE).clamp(max=1)
     if request.count > 1:
         check_total(image.shape[0] * request.count, images.size_of(image))
-    return replace(request, image=image, mask=mask)
+    return replace(request, image=image, mask=mask, sampler_mask=sampler_mask)
 
 
 def seeds_of(request: InpaintRequest) -> tuple[int, ...]:
@@ -104,28 +138,36 @@ def seeds_of(request: InpaintRequest) -> tuple[int, ...]:
 
 
 def plan_jobs(request: InpaintRequest, model: InpaintModel, seeds: tuple[int, ...]) -> list[Job]:
-    """One job for each result whose mask is not empty."""
-    size = images.size_of(request.image)
-    facts = model.facts
+    """Jobs for each result whose masks are not empty; parts of one picture get noise of their own."""
     jobs = []
-    for source, mask in enumerate(request.mask):
-        box = bounding_box(mask)
-        if box is None:
-            continue
-        if request.crop is Crop.OFF:
-            crop_plan = crop.whole(size, facts.downscale)
-        else:
-            crop_plan = crop.around(box, size, facts.native_size, facts.downscale)
+    for source in range(len(request.image)):
         outputs = range(source * request.count, (source + 1) * request.count)
-        jobs += [Job(source, output, seeds[output], crop_plan) for output in outputs]
+        for number, part in enumerate(parts_of(request, model, source)):
+            # seeds of neighbouring pictures differ by 1, so the parts keep clear of them
+            jobs += [Job(part, output, (seeds[output] + number * PART_SEED) % (MAX_SEED + 1)) for output in outputs]
     return jobs
+
+
+def parts_of(request: InpaintRequest, model: InpaintModel, source: int) -> list[Part]:
+    """The parts of one input image; none where either mask is empty."""
+    assert request.sampler_mask is not None
+    stitch_mask, sampler_mask = request.mask[source : source + 1], request.sampler_mask[source : source + 1]
+    touched = torch.maximum(stitch_mask, sampler_mask)
+    box = bounding_box(touched)
+    if box is None or not (stitch_mask.any() and sampler_mask.any()):
+        return []
+    size, facts = images.size_of(request.image), model.facts
+    if request.crop is Crop.OFF:
+        return [Part(source, crop.whole(size, facts.downscale), stitch_mask, sampler_mask)]
+    plan = crop.around(box, size, facts.native_size, facts.downscale)
+    return [Part(source, plan, stitch_mask, sampler_mask)]
 
 
 def batches(jobs: list[Job]) -> list[list[Job]]:
     """Jobs that run together: their canvases have one size, and all of them at most MAX_BATCH_PIXELS."""
     by_canvas: dict[Size, list[Job]] = defaultdict(list)
     for job in jobs:
-        by_canvas[job.plan.canvas].append(job)
+        by_canvas[job.part.plan.canvas].append(job)
     result = []
     for canvas, group in by_canvas.items():
         at_once = max(1, MAX_BATCH_PIXELS // (canvas.width * canvas.height))
@@ -146,20 +188,25 @@ def prepare_canvas(
     replace, and a latent cell is repainted when any of its pixels is in the hole: strokes thinner than a cell survive.
     The VAE's posterior mean is used, where diffusers draws a sample.
     """
-    sources = list(dict.fromkeys(job.source for job in jobs))
-    plans = {job.source: job.plan for job in jobs}
-    pixels = torch.cat([plans[s].cut(request.image[s : s + 1, ..., :3]) for s in sources])
-    hole = torch.cat([plans[s].cut_hole(request.mask[s : s + 1]) for s in sources])
+    parts = list(dict.fromkeys(job.part for job in jobs))
+    rows = torch.tensor([parts.index(job.part) for job in jobs])
+    pixels = torch.cat([part.plan.cut(request.image[part.source, None, ..., :3]) for part in parts])
+    hole = torch.cat([part.plan.cut_hole(part.sampler_mask) for part in parts])
     pixels, hole = pixels.cpu().permute(0, 3, 1, 2) * 2 - 1, hole.cpu()
-    rows = torch.tensor([sources.index(job.source) for job in jobs])
+    soft = torch.cat([part.plan.cut_mask(part.sampler_mask) for part in parts]).cpu() if request.soft else None
 
-    concat = model.facts.conditioning is Conditioning.CONCAT
-    image = None if concat and schedule.from_noise else _latents(model, pixels)[rows]
+    facts = model.facts
+    concat = facts.conditioning is Conditioning.CONCAT
+    image = None if concat and schedule.from_noise and soft is None else _latents(model, pixels)[rows]
     masked_image = _latents(model, pixels * (1 - hole[:, None]))[rows] if concat else None
-    shape = (1, model.facts.latent_channels, *(side // model.facts.downscale for side in pixels.shape[-2:]))
+    shape = (1, facts.latent_channels, *(side // facts.downscale for side in pixels.shape[-2:]))
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     return Canvas(
-        noise=noise, mask=to_latent_grid(hole, model.facts.downscale)[rows], image=image, masked_image=masked_image
+        noise=noise,
+        mask=to_latent_grid(hole, facts.downscale)[rows],
+        image=image,
+        masked_image=masked_image,
+        soft=None if soft is None else to_latent_grid(soft, facts.downscale)[rows],
     )
 
 
@@ -168,16 +215,24 @@ def _latents(model: InpaintModel, pixels: Tensor) -> Tensor:
     return model.encode_image(pixels).mean.cpu()
 
 
-def paste_job(request: InpaintRequest, job: Job, canvas: Tensor, cells: Tensor, results: Tensor) -> None:
-    """Write one painted canvas [1, h, w, 3], of whose latent ``cells`` [1, h', w'] those of 1 were repainted, into its
-    place in ``results``."""
-    box = job.plan.box
-    original = request.image[job.source : job.source + 1, box.rows, box.columns]
-    mask = request.mask[job.source : job.source + 1, box.rows, box.columns]
-    # a cell that the mask only touches is new as a whole, so tone is compared beyond it
-    repainted = (job.plan.uncut_mask(F.interpolate(cells[None], size=canvas.shape[1:3])[0]) > 0).to(mask)
-    painted = match_ring(job.plan.uncut(canvas), original[..., :3], repainted)
-    results[job.output : job.output + 1, box.rows, box.columns] = paste(original, painted, mask)
+def paste_job(request: InpaintRequest, job: Job, canvas: Tensor, cells: Tensor, results: Tensor) -> tuple[str, ...]:
+    """Join one painted canvas [1, h, w, 3], of whose latent ``cells`` [1, h', w'] those of 1 were repainted, into its
+    place in ``results``, and report how."""
+    part, box = job.part, job.part.plan.box
+    view = (slice(job.output, job.output + 1), box.rows, box.columns)
+    # a cell that the mask only touches is new as a whole, and the other parts of the mask are new as well
+    new = part.plan.uncut_mask(F.interpolate(cells[None], size=canvas.shape[1:3])[0]) > 0
+    assert request.sampler_mask is not None
+    new |= request.sampler_mask[part.source, None, box.rows, box.columns] > 0
+    joined = stitch(
+        results[view],
+        part.plan.uncut(canvas),
+        part.stitch_mask[:, box.rows, box.columns],
+        StitchOptions(blend=request.blend, color_match=request.color_match, grain=request.grain, seed=job.seed),
+        repainted=new.to(results),
+    )
+    results[view] = joined.images
+    return joined.reports
 
 
 def _unchanged(request: InpaintRequest, seeds: tuple[int, ...], notice: str) -> InpaintResult:

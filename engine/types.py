@@ -220,5 +220,7 @@ class InpaintResult:
     """The seed of each image."""
     notices: tuple[str, ...] = ()
     """Sentences the user should see, e.g. that the mask was empty."""
+    reports: tuple[str, ...] = ()
+    """For each image how the painted part was joined, with the figures behind it."""
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds by phase."""

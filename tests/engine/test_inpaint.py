@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from comfyui_mend.engine.crop import around
 from comfyui_mend.engine.host import LocalHost
-from comfyui_mend.engine.inpaint import Job, inpaint, paste_job
+from comfyui_mend.engine.inpaint import Job, Part, inpaint, normalise, paste_job
 from comfyui_mend.engine.masks import bounding_box, to_latent_grid
 from comfyui_mend.engine.models.protocol import Conditioning
 from comfyui_mend.engine.schedulers import SCHEDULERS
@@ -328,6 +328,71 @@ def test_every_stroke_reaches_the_network(nine):
         nine.predict = predict
 
 
+def test_the_sampler_may_paint_less_than_is_joined(model, monkeypatch):
+    """The stitch mask decides what may change, the sampler's mask where the network paints."""
+    image, mask = photo_and_mask()
+    narrow = torch.zeros_like(mask)
+    narrow[:, 68:82, 80:100] = 1
+    assert bool((narrow <= mask).all())
+    both = run(model, image, mask, sampler_mask=narrow)
+    assert outside(both, image, mask) == 0
+    assert bool(((both.images != image).any(dim=-1) == (mask == 1)).all())
+    told = []
+    monkeypatch.setattr(
+        "comfyui_mend.engine.inpaint.denoise", lambda _, __, canvas, *rest: told.append(canvas) or 1 / 0
+    )
+    for sampler_mask in (None, narrow):
+        with pytest.raises(ZeroDivisionError):
+            run(model, image, mask, sampler_mask=sampler_mask)
+    wide, less = (canvas.mask for canvas in told)
+    assert bool((less <= wide).all()) and 0 < less.sum() < wide.sum()
+
+
+def test_an_empty_sampler_mask_gives_the_input_back(nine):
+    image, mask = photo_and_mask()
+    result = run(nine, image, mask, sampler_mask=torch.zeros_like(mask))
+    assert torch.equal(result.images, image) and result.notices
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("scheduler", ["DDIM", "K_EULER"])
+def test_a_soft_mask_of_one_grey_is_that_strength(model, scheduler, share):
+    image, _ = photo_and_mask(128, 128)
+    mask = torch.ones(1, 128, 128)
+    options = {"scheduler": scheduler, "steps": 10, "crop": Crop.OFF}
+    soft = run(model, image, mask * share, soft=True, **options).images
+    plain = run(model, image, mask, strength=share, **options).images
+    assert (soft - image).abs().max() > 0.05
+    assert torch.allclose(soft, plain, atol=1e-4)
+
+
+def test_a_soft_mask_changes_more_where_it_is_lighter(four):
+    image = torch.full((1, 128, 384, 3), 0.5)
+    mask = torch.zeros(1, 128, 384)
+    levels = (0.2, 0.6, 1.0)
+    for index, level in enumerate(levels):
+        mask[:, :, 128 * index : 128 * (index + 1)] = level
+    result = run(four, image, mask, soft=True, steps=10, crop=Crop.OFF, color_match=0)
+    plain = run(four, image, (mask > 0).float(), strength=0.1, steps=10, crop=Crop.OFF, color_match=0)
+    change = [(result.images - plain.images)[:, :, 128 * i + 32 : 128 * i + 96].abs().mean() for i in range(3)]
+    assert change[0] < change[1] < change[2]
+
+
+def test_a_soft_mask_leaves_the_rest_identical(model):
+    image, mask = photo_and_mask()
+    ramp = mask * torch.linspace(0, 1, mask.shape[-1])
+    result = run(model, image, ramp, soft=True, steps=4)
+    assert outside(result, image, ramp) == 0
+    assert bool((result.mask[ramp >= 0.1] == 1).all()) and bool((result.mask[ramp == 0] == 0).all())
+
+
+def test_compat_has_no_soft_masks(nine):
+    image, mask = photo_and_mask()
+    for option in ({"soft": True}, {"sampler_mask": mask}):
+        with pytest.raises(InputError, match="compat"):
+            run(nine, image, mask, compat=Compat.DIFFUSERS, **option)
+
+
 def test_memory_bounds_the_batch_and_not_the_picture(nine):
     """With room for one row at a time the pictures are those of the unsplit batch."""
 
@@ -357,7 +422,8 @@ def test_tone_is_compared_where_nothing_was_painted(side):
     black = F.interpolate(cells, scale_factor=8)[:, 0, ..., None]
     canvas = (0.5 * (1 - black) + 3 / 255).expand(-1, -1, -1, 3)
     results = picture.clone()
-    paste_job(InpaintRequest(image=picture, mask=mask), Job(0, 0, 0, plan), canvas, cells[0], results)
+    request = normalise(InpaintRequest(image=picture, mask=mask))
+    paste_job(request, Job(Part(0, plan, mask, mask), 0, 0), canvas, cells[0], results)
     inside = results[mask == 1]
     assert float(inside.max()) < 1e-3
     assert outside(InpaintResult(images=results, mask=mask, seeds=(0,)), picture, mask) == 0
