@@ -52,7 +52,8 @@ SCHEDULERS = (
     "TCD",
 )
 SIGMAS = ("default", "karras", "exponential", "beta")
-CROPS = ("auto", "off")
+CROPS = ("auto", "off", "each")
+BLENDS = ("auto", "linear", "multiband", "poisson")
 COMPATS = ("off", "diffusers")
 SAFETY_ACTIONS = ("black", "blur", "pass")
 
@@ -79,6 +80,9 @@ def add(commands: Commands) -> None:
     )
     parser.set_defaults(command=run, show=show_files)
     add_image_and_mask(parser)
+    parser.add_argument(
+        "--sampler-mask", metavar="FILE", type=Path, help="where the model paints, if not all that MASK touches"
+    )
     add_output(parser, "where the picture goes: .png, .jpg or .webp; with --count N, OUT-1 ... OUT-N")
     add_diffusion(parser)
 
@@ -86,22 +90,29 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> Report:
     from ..engine.files import MaskChannel, read_image, read_mask
 
-    inputs = [arguments.image, arguments.mask]
+    inputs = [path for path in (arguments.image, arguments.mask, arguments.sampler_mask) if path]
     with clock("read") as timings:
         image = read_image(arguments.image)
-        mask = read_mask(arguments.mask, MaskChannel(arguments.mask_channel))
-    return paint(arguments, image, mask, inputs, timings)
+        channel = MaskChannel(arguments.mask_channel)
+        mask = read_mask(arguments.mask, channel)
+        sampler_mask = read_mask(arguments.sampler_mask, channel) if arguments.sampler_mask else None
+    return paint(arguments, image, mask, inputs, timings, sampler_mask)
 
 
 def paint(
-    arguments: argparse.Namespace, image: Tensor, mask: Tensor, inputs: list[Path], timings: dict[str, float]
+    arguments: argparse.Namespace,
+    image: Tensor,
+    mask: Tensor,
+    inputs: list[Path],
+    timings: dict[str, float],
+    sampler_mask: Tensor | None = None,
 ) -> Report:
     """The diffusion path. Everything that can be refused is refused before the model is loaded."""
     from ..engine.files import check_outputs, numbered
     from ..engine.inpaint import inpaint, normalise
     from ..engine.models.load import load_model
 
-    request = _request(arguments, image, mask)
+    request = _request(arguments, image, mask, sampler_mask)
     outputs = numbered(arguments.out, request.count)
     check_outputs(outputs, inputs=inputs, force=arguments.force)
     normalise(request)
@@ -135,14 +146,15 @@ def paint(
     return report | {"timings": rounded(timings)}
 
 
-def _request(arguments: argparse.Namespace, image: Tensor, mask: Tensor) -> InpaintRequest:
+def _request(arguments: argparse.Namespace, image: Tensor, mask: Tensor, sampler_mask: Tensor | None) -> InpaintRequest:
     """Flags that were not given leave the request's own defaults."""
-    from ..engine.types import Compat, Crop, InpaintRequest, Sigmas
+    from ..engine.types import Blend, Compat, Crop, InpaintRequest, Sigmas
 
-    enums: dict[str, Callable[[str], Any]] = {"sigmas": Sigmas, "crop": Crop, "compat": Compat}
-    names = InpaintRequest.__dataclass_fields__.keys() & vars(arguments).keys() - {"image", "mask"}
+    enums: dict[str, Callable[[str], Any]] = {"sigmas": Sigmas, "crop": Crop, "compat": Compat, "blend": Blend}
+    names = InpaintRequest.__dataclass_fields__.keys() & vars(arguments).keys() - {"image", "mask", "sampler_mask"}
     given = {name: enums.get(name, lambda value: value)(getattr(arguments, name)) for name in names}
-    return InpaintRequest(image=image, mask=mask, **{"seed": secrets.randbelow(RANDOM_SEEDS), **given})
+    masks = {"mask": mask, "sampler_mask": sampler_mask}
+    return InpaintRequest(image=image, **masks, **{"seed": secrets.randbelow(RANDOM_SEEDS), **given})
 
 
 def _check_schedule(request: InpaintRequest) -> None:
@@ -170,6 +182,10 @@ def _parameters(request: InpaintRequest, seed: int, model: Path) -> dict[str, An
         "height": request.height,
         "crop": request.crop.value,
         "compat": request.compat.value,
+        "soft": request.soft,
+        "blend": request.blend.value,
+        "color_match": request.color_match,
+        "grain": request.grain,
     }
 
 
@@ -252,9 +268,17 @@ def add_diffusion(parser: argparse.ArgumentParser) -> None:
     add_field(sampling, "--width", type=int, metavar="PX", help="of the result; 0: the image's own (default: 0)")
     add_field(sampling, "--height", type=int, metavar="PX", help="of the result; 0: the image's own (default: 0)")
     add_field(
-        sampling, "--crop", **which(CROPS, "what the model sees: the mask's surroundings, or all (default: auto)")
+        sampling,
+        "--crop",
+        **which(CROPS, "the model sees the mask's surroundings, all, or each part's (default: auto)"),
     )
+    add_field(sampling, "--soft", action="store_true", help="grey parts of the mask are repainted less")
     add_field(sampling, "--compat", **which(COMPATS, "follow diffusers' pipeline to rounding (default: off)"))
+
+    joining = parser.add_argument_group("joining")
+    add_field(joining, "--blend", **which(BLENDS, "how the painted part is joined (default: auto)"))
+    add_field(joining, "--color-match", type=float, metavar="X", help="0..1 of the tone around it (default: 1.0)")
+    add_field(joining, "--grain", type=float, metavar="X", help="0..1 of the surroundings' grain (default: 0.0)")
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="MODEL", help="a path, or a name from `mend models` (default: the only one)")

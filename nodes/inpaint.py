@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..engine.inpaint import inpaint
 from ..engine.schedulers import SCHEDULERS
-from ..engine.types import MAX_SEED, MAX_SIDE, Compat, Crop, InpaintRequest, InputError, Sigmas
+from ..engine.types import MAX_SEED, MAX_SIDE, Blend, Compat, Crop, InpaintRequest, InputError, Sigmas
 from .comfy_host import MendModel
 from .convert import ModelType
 
@@ -116,7 +116,8 @@ class MendInpaint(io.ComfyNode):
                     default=Crop.AUTO.value,
                     tooltip=(
                         "auto: the model sees the mask's surroundings at its native size, which is fast and detailed."
-                        " off: it sees the whole picture at its own size."
+                        " each: the same for every separate part of the mask, one after the other. off: it sees the"
+                        " whole picture at its own size."
                     ),
                     optional=True,
                     advanced=True,
@@ -140,6 +141,56 @@ class MendInpaint(io.ComfyNode):
                     optional=True,
                     advanced=True,
                 ),
+                io.Mask.Input(
+                    "sampler_mask",
+                    tooltip=(
+                        "Where the model paints, when that is not everywhere the mask touches: Prepare Mask (Mend)"
+                        " gives one. The mask then only joins the result to the picture."
+                    ),
+                    optional=True,
+                ),
+                io.Boolean.Input(
+                    "soft",
+                    default=False,
+                    tooltip=(
+                        "Grey parts of the mask are repainted less, as if strength were lower there (differential"
+                        " diffusion). Off: grey is repainted in full and mixed in."
+                    ),
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "blend",
+                    options=[option.value for option in Blend],
+                    default=Blend.AUTO.value,
+                    tooltip=(
+                        "How the painted part is joined. auto measures the seam and picks. linear mixes by the mask's"
+                        " grey. multiband mixes coarse tones wide and fine detail narrow. poisson takes the tone from"
+                        " the rim."
+                    ),
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Float.Input(
+                    "color_match",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="How much of a tone difference measured around the mask is taken off the painted part.",
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Float.Input(
+                    "grain",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="How much of the surroundings' film grain the painted part gets where it has less.",
+                    optional=True,
+                    advanced=True,
+                ),
             ],
             outputs=[
                 io.Image.Output("images", tooltip="The finished pictures."),
@@ -149,14 +200,22 @@ class MendInpaint(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, width: int | None = 0, height: int | None = 0, compat: str | None = "off") -> bool | str:
-        if compat is not None and compat not in [option.value for option in Compat]:
-            return f"compat is {compat!r}; choose one of {', '.join(option.value for option in Compat)}."
-        for name, value in (("width", width), ("height", height)):
-            if value and not 16 <= value <= MAX_SIDE:
-                return f"{name} is {value}; give 16 to {MAX_SIDE}, or 0 for the picture's own."
-            if value and compat == Compat.DIFFUSERS.value and value % 8:
-                return f"{name} is {value}; compat=diffusers needs a multiple of 8, so set {value // 8 * 8}."
+    def validate_inputs(
+        cls,
+        width: int | None = 0,
+        height: int | None = 0,
+        compat: str | None = "off",
+        crop: str | None = "auto",
+        blend: str | None = "auto",
+    ) -> bool | str:
+        for name, value, options in (("compat", compat, Compat), ("crop", crop, Crop), ("blend", blend, Blend)):
+            if value is not None and value not in [option.value for option in options]:
+                return f"{name} is {value!r}; choose one of {', '.join(option.value for option in options)}."
+        for name, side in (("width", width), ("height", height)):
+            if side and not 16 <= side <= MAX_SIDE:
+                return f"{name} is {side}; give 16 to {MAX_SIDE}, or 0 for the picture's own."
+            if side and compat == Compat.DIFFUSERS.value and side % 8:
+                return f"{name} is {side}; compat=diffusers needs a multiple of 8, so set {side // 8 * 8}."
         return True
 
     @classmethod
@@ -178,6 +237,11 @@ class MendInpaint(io.ComfyNode):
         crop: str = Crop.AUTO.value,
         compat: str = Compat.OFF.value,
         sigmas: str = Sigmas.DEFAULT.value,
+        sampler_mask: Any = None,
+        soft: bool = False,
+        blend: str = Blend.AUTO.value,
+        color_match: float = 1.0,
+        grain: float = 0.0,
     ) -> io.NodeOutput:
         if not isinstance(model, MendModel):
             # the host checks links only; an API graph can hold anything
@@ -198,10 +262,17 @@ class MendInpaint(io.ComfyNode):
             height=height,
             crop=Crop(crop),
             compat=Compat(compat),
+            sampler_mask=sampler_mask,
+            soft=soft,
+            blend=Blend(blend),
+            color_match=color_match,
+            grain=grain,
         )
         result = inpaint(request, model.model, model.host)
         for notice in result.notices:
             log.warning("Mend: %s", notice)
+        for report in result.reports:
+            log.info("Mend: %s", report)
         notices = ui.PreviewText("\n".join(result.notices)) if result.notices else None
         return io.NodeOutput(result.images, result.mask, result.seeds[0], ui=notices)
 

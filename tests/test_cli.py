@@ -21,7 +21,7 @@ from comfyui_mend.engine.inpaint import inpaint
 from comfyui_mend.engine.models.load import load_model
 from comfyui_mend.engine.safety import SafetyAction
 from comfyui_mend.engine.schedulers import SCHEDULERS
-from comfyui_mend.engine.types import Compat, Crop, InpaintRequest, InpaintResult, Sigmas
+from comfyui_mend.engine.types import Blend, Compat, Crop, InpaintRequest, InpaintResult, Sigmas
 from conftest import ROOT
 from PIL import Image
 from skimage import data
@@ -337,9 +337,19 @@ def test_wrong_usage_is_exit_code_2(mend, arguments, said):
     refused(mend, said, *arguments, code=2)
 
 
-def test_negative_padding_and_mask_options_are_the_engines_sentences(mend):
-    refused(mend, "left is -5", "outpaint", "coffee.png", "--left", -5, "--pad-only", "-o", "x.png")
+def test_mask_options_are_the_engines_sentences(mend):
     refused(mend, "feather", "mask", "mask.png", "--feather", -1, "-o", "x.png")
+
+
+def test_soft_and_sampler_masks_reach_the_picture(mend):
+    grey = np.asarray(Image.open("mask.png")) // 2
+    Image.fromarray(grey).save("grey.png")
+    common = ("inpaint", "coffee.png", "grey.png", "-p", "x", "--steps", 2, "--seed", 3, "--no-safety")
+    for extra, name in ((), "plain.png"), (("--soft",), "soft.png"), (("--sampler-mask", "grey.png"), "same.png"):
+        assert mend(*common, *extra, "-o", name)[0] == 0
+    assert torch.equal(read_image("plain.png"), read_image("same.png"))
+    assert not torch.equal(read_image("plain.png"), read_image("soft.png"))
+    refused(mend, "compat", *common, "--soft", "--compat", "diffusers", "-o", "x.png")
 
 
 def test_an_output_that_cannot_be_is_refused_before_the_model_is_loaded(mend, desk, monkeypatch):
@@ -425,6 +435,7 @@ def test_the_choices_spelled_out_are_the_engines():
         (paint.SIGMAS, Sigmas),
         (paint.CROPS, Crop),
         (paint.COMPATS, Compat),
+        (paint.BLENDS, Blend),
         (common.FILLS, FillMethod),
         (paint.SAFETY_ACTIONS, SafetyAction),
         (common.MASK_CHANNELS, MaskChannel),
