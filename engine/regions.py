@@ -25,6 +25,8 @@ from .types import Box, InputError, Size, check_range
 MAX_REGIONS = 256
 """More are specks, not regions."""
 MAX_SMOOTHING = 1000.0
+AT_REST = 0.75
+"""Pixels by which a smooth path may leave a box of whole pixels before that follows; half a pixel would flutter."""
 
 
 class Video(str, Enum):
@@ -126,8 +128,8 @@ def stable_boxes(boxes: Sequence[Box | None], mode: Video, smoothing: float = 8.
 
     UNION gives every frame the smallest box that holds them all. SMOOTHED moves a box of constant size along the
     centres, filtered by a Gaussian of ``smoothing`` frames (0..1000), which is symmetric and so neither lags nor leads;
-    the ends repeat, and frames without a box lie on the line between their neighbours. The size is the smallest with
-    which every frame's box is inside. OFF leaves the boxes as they are. Raises InputError when no frame has a box.
+    the ends repeat, and frames without a box lie on the line between their neighbours. The size is what the frame
+    farthest from its place on the path needs. OFF leaves the boxes as they are. Raises InputError when no frame has a box.
     """
     check_range("smoothing", smoothing, 0, MAX_SMOOTHING)
     known = [box for box in boxes if box is not None]
@@ -151,11 +153,16 @@ def _follow(spans: Sequence[tuple[int, int] | None], smoothing: float) -> list[t
     low, high = np.array([span for span in spans if span is not None], dtype=np.float64).T
     centre = _smooth(np.interp(frames, known, (low + high) / 2), smoothing)
     reach = np.maximum(high - centre[known], centre[known] - low).max()
-    length = math.ceil(2 * reach - 1e-9)
-    start = np.floor(centre - length / 2 + 0.5)
-    # rounding to whole pixels may cost one at an end
-    start[known] = np.clip(start[known], high - length, low)
-    return [(int(first), int(first) + length) for first in start]
+    length = math.ceil(2 * (reach + AT_REST))
+    held = dict(zip(known.tolist(), zip(low.tolist(), high.tolist(), strict=True), strict=True))
+    starts = list[int]()
+    for frame, ideal in enumerate((centre - length / 2).tolist()):
+        start = starts[-1] if starts and abs(starts[-1] - ideal) <= AT_REST else math.floor(ideal + 0.5)
+        if frame in held:
+            lowest, highest = held[frame]
+            start = int(max(highest - length, min(start, lowest)))
+        starts.append(start)
+    return [(start, start + length) for start in starts]
 
 
 def _smooth(path: npt.NDArray[np.float64], sigma: float) -> npt.NDArray[np.float64]:

@@ -1,7 +1,23 @@
 import pytest
 import torch
-from comfyui_mend.engine.crop import MAX_ASPECT, MIN_CONTEXT, CropPlan, around, whole
-from comfyui_mend.engine.types import Box, Size
+from comfyui_mend.engine.crop import (
+    MAX_ASPECT,
+    MIN_CONTEXT,
+    SD2_SIZES,
+    SD15_SIZES,
+    SDXL_SIZES,
+    Area,
+    CropOptions,
+    CropPlan,
+    Overflow,
+    Sizes,
+    around,
+    plan,
+    surroundings,
+    whole,
+)
+from comfyui_mend.engine.fill import FillMethod, fill
+from comfyui_mend.engine.types import Box, InputError, Size
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -116,3 +132,221 @@ def test_nothing_under_the_mask_shows_on_the_canvas_outside_the_hole(scale):
         float((1 - kept).sum())
         <= (57 * scale + 2 * reach + 2) * (38 * scale + 2 * reach + 2) + (2 * reach + scale + 2) ** 2
     )
+
+
+# --- plans from options
+
+OWN = {"target": None, "min_size": 0, "context_pixels": 0, "max_aspect": 100, "multiple": 1}
+
+
+@st.composite
+def options(draw):
+    multiple = draw(st.sampled_from([1, 8, 64]))
+    targets = [None, Area(200_000), Area(1024 * 1024), Sizes((Size(512, 768),)), Sizes(SDXL_SIZES)]
+    return CropOptions(
+        context_factor=draw(st.sampled_from([1, 1.5, 4])),
+        context_pixels=draw(st.sampled_from([0, 17, 200])),
+        min_size=draw(st.sampled_from([0, 300, 1024])),
+        target=draw(st.sampled_from(targets)),
+        multiple=multiple,
+        keep_scale=draw(st.sampled_from([0, 0.25])),
+        max_aspect=draw(st.sampled_from([1, 2, 100])),
+        overflow=draw(st.sampled_from(list(Overflow))),
+    )
+
+
+@st.composite
+def mask_in_photo(draw):
+    width, height = draw(st.integers(40, 2000)), draw(st.integers(40, 2000))
+    left, top = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
+    right, bottom = draw(st.integers(left + 1, width)), draw(st.integers(top + 1, height))
+    return Box(left, top, right, bottom), Size(width, height)
+
+
+def holds(outer, inner):
+    return (
+        outer.left <= inner.left
+        and outer.top <= inner.top
+        and outer.right >= inner.right
+        and outer.bottom >= inner.bottom
+    )
+
+
+@given(mask_in_photo(), options())
+def test_a_plan_shows_the_mask_on_a_canvas_of_whole_multiples(case, options):
+    mask, picture = case
+    planned = plan(mask, picture, options)
+    assert holds(planned.box, mask) and holds(Box(0, 0, *picture), planned.box)
+    assert planned.canvas.width % options.multiple == 0 and planned.canvas.height % options.multiple == 0
+    assert planned.scaled.width <= planned.canvas.width and planned.scaled.height <= planned.canvas.height
+    if isinstance(options.target, Sizes):
+        assert planned.canvas in options.target.sizes
+    if options.overflow is Overflow.INSIDE:
+        assert planned.outside is None
+    else:
+        # what sticks out does so only where the picture is too small
+        assert planned.outside is None or (
+            (planned.extent.width == planned.box.width or planned.box.width == picture.width)
+            and (planned.extent.height == planned.box.height or planned.box.height == picture.height)
+        )
+
+
+@given(mask_in_photo(), options())
+def test_a_plan_keeps_the_aspect(case, options):
+    planned = plan(*case, options)
+    across, down = planned.scaled.width / planned.extent.width, planned.scaled.height / planned.extent.height
+    # to the rounding of a pixel, or the percent that fills the canvas
+    assert abs(across / down - 1) <= max(0.01, 1 / min(planned.scaled))
+
+
+@given(mask_in_photo(), options())
+def test_a_plan_mirrors_with_the_picture(case, options):
+    mask, picture = case
+    mirrored = plan(Box(picture.width - mask.right, mask.top, picture.width - mask.left, mask.bottom), picture, options)
+    planned = plan(mask, picture, options)
+    assert mirrored.canvas == planned.canvas and mirrored.scaled == planned.scaled
+    # an odd pixel goes to one side
+    assert abs(picture.width - mirrored.box.right - planned.box.left) <= 1
+
+
+@given(mask_in_photo(), options())
+def test_the_same_place_elsewhere_gets_the_same_size(case, options):
+    mask, picture = case
+    moved = Box(0, picture.height - mask.height, mask.width, picture.height)
+    planned, other = plan(mask, picture, options), plan(moved, picture, options)
+    assert (planned.extent, planned.scaled, planned.canvas) == (other.extent, other.scaled, other.canvas)
+
+
+def test_a_factor_is_the_boxs_side_over_the_masks():
+    planned = plan(Box(400, 300, 600, 400), Size(1000, 1000), CropOptions(context_factor=1.5, **OWN))
+    assert planned.box == Box(350, 275, 650, 425)
+
+
+def test_context_pixels_are_a_least():
+    options = CropOptions(**OWN | {"context_factor": 1.5, "context_pixels": 40})
+    assert plan(Box(400, 300, 600, 400), Size(1000, 1000), options).box == Box(350, 260, 650, 440)
+
+
+def test_a_context_box_is_shown_in_full():
+    planned = plan(
+        Box(400, 300, 410, 310), Size(1000, 1000), CropOptions(context_factor=1, **OWN), Box(700, 20, 705, 25)
+    )
+    assert planned.box == Box(400, 20, 705, 310)
+
+
+def test_a_box_at_the_border_moves_inside_at_full_size():
+    planned = plan(Box(0, 0, 100, 50), Size(1000, 1000), CropOptions(**OWN | {"min_size": 300}))
+    assert planned.box == Box(0, 0, 300, 300)
+
+
+def test_no_target_never_resamples():
+    planned = plan(Box(3, 5, 1500, 1200), Size(2000, 1501), CropOptions(target=None))
+    assert not planned.resamples and planned.canvas.width % 8 == 0
+
+
+@pytest.mark.parametrize(("side", "resamples"), [(440, True), (480, False), (512, False), (560, False), (640, True)])
+def test_a_box_of_nearly_the_target_is_used_pixel_for_pixel(side, resamples):
+    options = CropOptions(**OWN | {"target": Sizes((Size(512, 512),)), "context_factor": 1})
+    planned = plan(Box(500, 500, 500 + side, 500 + side // 2), Size(2000, 2000), options)
+    if side == 560:
+        # trimmed to the target it would lose a part of the mask
+        assert planned.resamples
+    else:
+        assert planned.resamples == resamples
+    assert holds(planned.box, Box(500, 500, 500 + side, 500 + side // 2))
+
+
+def test_keep_scale_0_always_hits_the_target():
+    mask = Box(500, 500, 980, 980)
+    options = {**OWN, "context_factor": 1, "target": Area(512 * 512), "multiple": 8}
+    assert plan(mask, Size(2000, 2000), CropOptions(**options)).canvas == Size(480, 480)
+    assert plan(mask, Size(2000, 2000), CropOptions(**options, keep_scale=0)).canvas == Size(512, 512)
+
+
+@pytest.mark.parametrize("sizes", [SDXL_SIZES, SD15_SIZES, SD2_SIZES])
+def test_buckets_have_one_area_and_both_orientations(sizes):
+    area = sizes[0].width * sizes[0].height
+    assert all(
+        0.89 * area <= width * height <= 1.05 * area and not width % 64 and not height % 64 for width, height in sizes
+    )
+    assert {Size(height, width) for width, height in sizes} == set(sizes)
+
+
+def test_the_bucket_is_the_one_of_the_boxs_aspect():
+    options = CropOptions(**OWN | {"target": Sizes(SDXL_SIZES)})
+    assert plan(Box(100, 100, 500, 320), Size(2000, 2000), options).canvas == Size(1344, 768)
+    assert plan(Box(100, 100, 320, 500), Size(2000, 2000), options).canvas == Size(768, 1344)
+
+
+def test_extending_shows_a_fill_beyond_the_border_and_leaves_it_there():
+    picture = torch.rand(2, 60, 40, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(2, 60, 40)
+    mask[:, 20:40, :10] = 1
+    options = CropOptions(
+        **OWN | {"min_size": 50, "overflow": "extend", "fill": "blur", "mask_outside": True, "context_factor": 1}
+    )
+    planned = plan(Box(0, 20, 10, 40), Size(40, 60), options)
+    assert planned.extent == Size(50, 50) and planned.box.width == 40
+    crop, crop_mask = planned.cut(picture), planned.cut_mask(mask)
+    beyond = planned.outside.padding
+    assert beyond.left + beyond.right == 10 and beyond.top == beyond.bottom == 0
+    inside = (slice(None), slice(None), slice(beyond.left, beyond.left + 40))
+    assert torch.equal(crop[inside], picture[:, planned.box.rows])
+    assert torch.equal(crop_mask[inside], mask[:, planned.box.rows])
+    outside = torch.ones(1, 50, 50)
+    outside[inside] = 0
+    assert bool((crop_mask[:, outside[0] == 1] == 1).all())
+    assert torch.equal(crop, fill(crop, outside.expand(2, -1, -1), FillMethod.BLUR))
+    assert torch.equal(planned.uncut(crop), picture[:, planned.box.rows])
+
+
+@given(mask_in_photo(), options(), st.sampled_from([1, 2, 3]))
+def test_a_canvas_comes_back_at_any_scale(case, options, times):
+    mask, picture = case
+    planned = plan(mask, picture, options)
+    canvas = torch.zeros(1, 1, 1, 3).expand(1, planned.canvas.height * times, planned.canvas.width * times, 3)
+    if canvas.shape[1] * canvas.shape[2] < 2**21:
+        assert planned.uncut(canvas).shape == (1, planned.box.height, planned.box.width, 3)
+
+
+@pytest.mark.parametrize("scale", [0.37, 0.8, 1.0, 1.7, 4.3])
+def test_a_change_reaches_no_further_than_the_filter(scale):
+    generator = torch.Generator().manual_seed(1)
+    size = Size(round(90 * scale), round(70 * scale))
+    planned = CropPlan(Box(0, 0, 90, 70), size, size)
+    cut = planned.cut(torch.rand(1, 70, 90, 3, generator=generator))
+    other = cut.clone()
+    y, x = size.height // 3, size.width // 2
+    other[0, y, x, 1] = 1 - other[0, y, x, 1]
+    changed = planned.changed(cut, other)
+    same = planned.uncut(cut) == planned.uncut(other)
+    # what is called unchanged is, and little else is called changed
+    assert bool(same[changed == 0].all())
+    assert float(changed.sum()) <= (5 * max(1, 1 / scale) + 3) ** 2
+    assert not planned.changed(cut, cut + 5e-7).any()
+
+
+def test_surroundings_may_stick_out():
+    assert surroundings(Box(0, 0, 10, 10), CropOptions(**OWN | {"context_factor": 2})) == Box(-5, -5, 15, 15)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"context_factor": 0.5}, "context_factor is 0.5"),
+        ({"context_pixels": -1}, "context_pixels"),
+        ({"multiple": 0}, "multiple is 0"),
+        ({"keep_scale": 1}, "keep_scale"),
+        ({"max_aspect": 0.9}, "max_aspect"),
+        ({"target": Sizes((Size(500, 512),))}, "give 496"),
+    ],
+)
+def test_options_out_of_range_are_named(wrong, says):
+    with pytest.raises(InputError, match=says):
+        CropOptions(**wrong)
+
+
+@pytest.mark.parametrize("make", [lambda: Area.megapixels(0), lambda: Area.megapixels(1e9), lambda: Sizes(())])
+def test_targets_out_of_range_are_refused(make):
+    with pytest.raises(InputError):
+        make()
