@@ -229,23 +229,12 @@ def compare(
     ``offset`` says where ``before`` lies in a larger ``after``, as outpainting makes it; the new area then counts as
     repainted. Without it pictures of different sizes raise InputError.
     """
-    before, after = as_images(before), as_images(after)
-    if offset is None and size_of(before) != size_of(after):
-        raise InputError(
-            f"before is {size_of(before)} and after is {size_of(after)}; compare pictures of one size: for an"
-            " outpainted picture the padded one is before, or say at which offset the original lies in it."
-        )
-    masks = as_mask_batch(mask)
-    masks = as_masks(masks, after[:1].expand(len(masks), -1, -1, -1))
-    count = _count(before, after, masks)
+    pictures = align(before, after, mask, offset)
     images = []
-    for index in range(count):
-        old, new, area = (batch[index * len(batch) // count].detach().cpu() for batch in (before, after, masks))
-        if offset is not None:
-            old, area = _place(old, new, area, offset)
-        images.append(_compare_one(old, new, area.numpy()))
+    for triple in pictures:
+        images.append(_compare_one(triple))
         if on_image is not None:
-            on_image(index + 1, count)
+            on_image(len(images), len(pictures))
     return Comparison(images=tuple(images), limits=limits, failures=tuple(_all_failures(images, limits)))
 
 
@@ -299,16 +288,56 @@ def _plain(image: ImageComparison) -> dict[str, Any]:
 # --- which is compared with which
 
 
-def _count(before: Tensor, after: Tensor, masks: Tensor) -> int:
-    """How many comparisons there are; a smaller batch serves them in groups."""
-    count = max(len(before), len(after), len(masks))
-    for name, batch in (("pictures before", before), ("pictures after", after), ("masks", masks)):
-        if count % len(batch):
-            raise InputError(
-                f"There are {len(before)} pictures before, {len(after)} after and {len(masks)} masks; the {name} do not"
-                f" divide {count} results evenly, so give one, or one for each."
+class Triple(NamedTuple):
+    """One comparison, on the CPU."""
+
+    before: Tensor
+    """[H, W, 3 or 4]"""
+    after: Tensor
+    """[H, W, 3 or 4]"""
+    mask: FloatArray
+    """[H, W]"""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Batches whose lengths divide the number of comparisons; a shorter one serves them in groups."""
+
+    before: Tensor
+    after: Tensor
+    masks: Tensor
+    offset: Offset | None
+
+    def __len__(self) -> int:
+        return max(len(self.before), len(self.after), len(self.masks))
+
+    def __iter__(self) -> Iterator[Triple]:
+        for index in range(len(self)):
+            before, after, mask = (
+                batch[index * len(batch) // len(self)].detach().cpu() for batch in (self.before, self.after, self.masks)
             )
-    return count
+            if self.offset is not None:
+                before, mask = _place(before, after, mask, self.offset)
+            yield Triple(before, after, mask.numpy())
+
+
+def align(before: Tensor, after: Tensor, mask: Tensor, offset: Offset | None = None) -> Pictures:
+    """Which is compared with which: see ``compare``."""
+    before, after = as_images(before), as_images(after)
+    if offset is None and size_of(before) != size_of(after):
+        raise InputError(
+            f"before is {size_of(before)} and after is {size_of(after)}; compare pictures of one size: for an"
+            " outpainted picture the padded one is before, or say at which offset the original lies in it."
+        )
+    masks = as_mask_batch(mask)
+    masks = as_masks(masks, after[:1].expand(len(masks), -1, -1, -1))
+    pictures = Pictures(before, after, masks, offset)
+    if any(len(pictures) % len(batch) for batch in (before, after, masks)):
+        raise InputError(
+            f"There are {len(before)} pictures before, {len(after)} after and {len(masks)} masks; give one of each, or"
+            " as many as there are results, or one for every so many results."
+        )
+    return pictures
 
 
 def _place(before: Tensor, after: Tensor, mask: Tensor, offset: Offset) -> tuple[Tensor, Tensor]:
@@ -332,8 +361,8 @@ def _place(before: Tensor, after: Tensor, mask: Tensor, offset: Offset) -> tuple
 # --- one picture
 
 
-def _compare_one(before: Tensor, after: Tensor, mask: FloatArray) -> ImageComparison:
-    """before and after [H, W, C], mask [H, W]."""
+def _compare_one(triple: Triple) -> ImageComparison:
+    before, after, mask = triple
     channels = min(before.shape[-1], after.shape[-1])
     outside, inside = _changes(before[..., :channels], after[..., :channels], mask)
     before, after = before[..., :3], after[..., :3]
