@@ -111,12 +111,10 @@ def _with_legend(picture: FloatArray, figures: ImageComparison) -> FloatArray:
     canvas = np.full((height + LEGEND, max(width, LEGEND_WIDTH), 3), BACKGROUND, dtype=np.float32)
     left = (canvas.shape[1] - width) // 2
     canvas[:height, left : left + width] = picture
-    scale = Size(LEGEND_WIDTH - 2 * MARGIN - 80, BAR)
+    scale = np.geomspace(FAINTEST, BRIGHTEST, SCALE_WIDTH)
     top = height + MARGIN
     for ramp in (OUTSIDE, INSIDE):
-        canvas[top : top + BAR, MARGIN : MARGIN + scale.width] = _color(
-            np.geomspace(FAINTEST, BRIGHTEST, scale.width), ramp
-        )
+        canvas[top : top + BAR, MARGIN : MARGIN + SCALE_WIDTH] = _color(scale, ramp)
         top += BAR + MARGIN // 2
     sheet = Image.fromarray(np.rint(canvas[height:] * 255).astype(np.uint8))
     _write(ImageDraw.Draw(sheet), figures)
