@@ -22,7 +22,7 @@ from comfyui_mend.benchmarks.table import Row, draw
 from comfyui_mend.comfy_workspace import Workspace, find_workspace
 
 HERE = Path(__file__).resolve().parent
-PHOTOS = ("coffee", "cat", "rocket", "brick", "gravel", "grass")
+PHOTOS = ("coffee", "cat", "rocket", "brick")
 """CC0 photographs of scikit-image."""
 CASES = tuple(f"T{number}" for number in range(1, 17))
 

@@ -7,15 +7,23 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...engine import masks
+from ...engine.color import match_around
+from ...engine.crop import CropOptions, Sizes
+from ...engine.crop_stitch import crop_to_mask, stitch_crops
 from ...engine.fill import FillMethod, fill
+from ...engine.images import as_mask_batch
 from ...engine.masks import MaskOptions
 from ...engine.outpaint import Padding, pad
 from ...engine.stitch import Blend, StitchOptions, stitch
-from .contestant import Contestant, Sides
+from ...engine.types import Size
+from .contestant import Contestant, Edit, Sides
 
+AS_IT_IS = CropOptions(target=None)
+"""Pixel for pixel."""
 ALPHA_ONLY = StitchOptions(blend=Blend.LINEAR, color_match=0)
 """A probe of black and white would be matched in colour and measure that."""
 
@@ -39,6 +47,35 @@ class Mend(Contestant):
 
     def sampler_mask(self, mask: Tensor) -> Tensor:
         return masks.to_latent_grid(mask, 8)
+
+    def match_color(self, target: Tensor, reference: Tensor, excluded: Tensor) -> Tensor:
+        return match_around(target, reference, excluded)
+
+    def crop(self, image: Tensor, mask: Tensor) -> Tensor:
+        return crop_to_mask(image, mask).crops[0]
+
+    def crop_mask(self, mask: Tensor, feather: int) -> Tensor:
+        black = torch.zeros(*mask.shape, 3)
+        return crop_to_mask(black, mask, AS_IT_IS, stitch_mask=masks.feather(mask, feather)).masks[0]
+
+    def round_trip(self, image: Tensor, mask: Tensor, edit: Edit, *, feather: int, target: int | None) -> Tensor:
+        options = AS_IT_IS if target is None else CropOptions(target=Sizes((Size(target, target),)))
+        return self._round_trip(image, mask, edit, feather, options, StitchOptions())
+
+    def alpha(self, mask: Tensor, feather: int) -> Tensor:
+        black = torch.zeros(*mask.shape, 3)
+        return self._round_trip(black, mask, torch.ones_like, feather, AS_IT_IS, ALPHA_ONLY)[0, ..., 0]
+
+    def through_vae(self, image: Tensor, mask: Tensor, codec: Edit) -> Tensor:
+        return self._round_trip(image, mask, codec, 8, CropOptions(), StitchOptions())
+
+    @staticmethod
+    def _round_trip(
+        image: Tensor, mask: Tensor, edit: Edit, feather: int, crop: CropOptions, options: StitchOptions
+    ) -> Tensor:
+        stitch_mask = masks.feather(as_mask_batch(mask), feather)
+        cropped = crop_to_mask(image, mask, crop, stitch_mask=stitch_mask)
+        return stitch_crops(cropped.record, [edit(crop) for crop in cropped.crops], options=options).images
 
     def pad(self, image: Tensor, sides: Sides, feather: int) -> tuple[Tensor, Tensor]:
         padded = pad(image, Padding(**vars(sides)), feather)
@@ -80,5 +117,5 @@ def _without_opencv(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _name, _operation in list(vars(Mend).items()):
-    if callable(_operation) and _name != "other_path":
+    if callable(_operation) and _name != "other_path" and not _name.startswith("_"):
         setattr(MendWithScipy, _name, _without_opencv(_operation))
