@@ -24,6 +24,8 @@ class Role(str, Enum):
     DENOISER = "denoiser"
     VAE = "vae"
     SAFETY = "safety"
+    FILL = "fill"
+    """A network that fills holes in one pass; float32 everywhere."""
 
 
 class ManagedModule(Protocol):

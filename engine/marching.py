@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .masks import FloatArray
+from .pull_push import Hole
 
-Hole = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.intp]
 Doubles = npt.NDArray[np.float64]
 

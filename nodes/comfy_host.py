@@ -217,7 +217,7 @@ class ComfyHost:
 
 def _devices(role: Role) -> tuple[torch.device, torch.device]:
     """Where ComfyUI runs a module of this role, and where it keeps it meanwhile."""
-    if role is Role.DENOISER:
+    if role in (Role.DENOISER, Role.FILL):
         return mm.get_torch_device(), mm.unet_offload_device()
     if role is Role.VAE:
         return mm.vae_device(), mm.vae_offload_device()

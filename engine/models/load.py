@@ -99,7 +99,7 @@ def find_models(host: Host) -> dict[str, Path]:
         for folder in _pipelines_below(root):
             found.setdefault(folder.relative_to(root).as_posix(), folder)
     for root in host.model_folders("checkpoints"):
-        for folder, _, names in _walk(root):
+        for folder, _, names in walk(root):
             for name in names:
                 if name.lower().endswith(".safetensors") and not name.startswith("."):
                     found.setdefault((folder / name).relative_to(root).as_posix(), folder / name)
@@ -359,13 +359,13 @@ def _config_beside(path: Path) -> Path | None:
 
 
 def _pipelines_below(root: Path) -> Iterator[Path]:
-    for folder, inside, _ in _walk(root):
+    for folder, inside, _ in walk(root):
         if folder != root and is_pipeline_folder(folder):
             inside.clear()
             yield folder
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """os.walk that follows links, each folder once, and leaves out hidden folders, where downloads grow."""
     seen: set[Path] = set()
     for folder, inside, names in os.walk(root, followlinks=True):
