@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import compat, crop, images
-from .crop import CropPlan
+from .crop import CONTEXT, CropOptions, CropPlan
 from .host import Host
 from .masks import bounding_box, to_latent_grid
 from .models.protocol import Conditioning, InpaintModel, PromptSyntax
+from .regions import regions
 from .sampling import Canvas, Stopwatch, decode_pixels, denoise, encode_guidance, make_schedule
 from .schedulers import Schedule
 from .stitch import StitchOptions, stitch
@@ -27,8 +28,11 @@ MAX_BATCH_PIXELS = 64 * 512 * 512
 """Canvas pixels that are worked on together: a float32 RGB copy of them is 200 MB, and there are a few."""
 
 
-PART_SEED = 2**32
-"""Added to the seed for each further part of a mask."""
+APART = CropOptions(context_factor=1 + 2 * CONTEXT)
+"""Parts of a mask whose surroundings of this size meet are painted together."""
+PART_SEED = 0x9E3779B9
+"""Added to the seed for each further part of a mask: far from the seeds of neighbouring pictures in the 32 bits that
+torch's generator takes."""
 SOFT_EDGE = 0.1
 """Soft mask values from here up are pasted as painted; below, where next to nothing was repainted, they fade."""
 
@@ -143,7 +147,6 @@ def plan_jobs(request: InpaintRequest, model: InpaintModel, seeds: tuple[int, ..
     for source in range(len(request.image)):
         outputs = range(source * request.count, (source + 1) * request.count)
         for number, part in enumerate(parts_of(request, model, source)):
-            # seeds of neighbouring pictures differ by 1, so the parts keep clear of them
             jobs += [Job(part, output, (seeds[output] + number * PART_SEED) % (MAX_SEED + 1)) for output in outputs]
     return jobs
 
@@ -159,8 +162,17 @@ def parts_of(request: InpaintRequest, model: InpaintModel, source: int) -> list[
     size, facts = images.size_of(request.image), model.facts
     if request.crop is Crop.OFF:
         return [Part(source, crop.whole(size, facts.downscale), stitch_mask, sampler_mask)]
-    plan = crop.around(box, size, facts.native_size, facts.downscale)
-    return [Part(source, plan, stitch_mask, sampler_mask)]
+    if request.crop is Crop.AUTO:
+        return [Part(source, crop.around(box, size, facts.native_size, facts.downscale), stitch_mask, sampler_mask)]
+    return [
+        Part(
+            source,
+            crop.around(region.box, size, facts.native_size, facts.downscale),
+            region.own(stitch_mask),
+            region.own(sampler_mask),
+        )
+        for region in regions(touched, APART)
+    ]
 
 
 def batches(jobs: list[Job]) -> list[list[Job]]:
