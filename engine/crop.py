@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+import numpy as np
+import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from . import images
@@ -72,7 +75,7 @@ class Area:
     pixels: int
 
     def __post_init__(self) -> None:
-        check_range("The target", self.pixels / MEGAPIXEL, 0.01, 64, "megapixels")
+        check_range("The target's area", self.pixels, 32 * 32, 64 * MEGAPIXEL, "pixels")
 
     @classmethod
     def megapixels(cls, value: float) -> Area:
@@ -105,6 +108,34 @@ class Sizes:
 
     def canvas(self, wanted: Size, options: CropOptions) -> Size:
         return min(self.sizes, key=lambda size: abs(math.log(size.width * wanted.height / size.height / wanted.width)))
+
+
+class CanvasSize(str, Enum):
+    """What a person can choose from; ``target_of`` makes a Target of it."""
+
+    OWN = "own"
+    """The box's own: every pixel stays as it is."""
+    EXACT = "exact"
+    """One width and height."""
+    MEGAPIXELS = "megapixels"
+    """About so many pixels, in the box's shape."""
+    SDXL = "sdxl"
+    """The nearest of SDXL_SIZES."""
+    SD15 = "sd15"
+    """The nearest of SD15_SIZES."""
+    SD2 = "sd2"
+    """The nearest of SD2_SIZES."""
+
+
+def target_of(choice: CanvasSize, exact: Size, megapixels: float) -> Target | None:
+    """The target of a choice; ``exact`` and ``megapixels`` count where it needs them."""
+    if choice is CanvasSize.OWN:
+        return None
+    if choice is CanvasSize.EXACT:
+        return Sizes((exact,))
+    if choice is CanvasSize.MEGAPIXELS:
+        return Area.megapixels(megapixels)
+    return Sizes({CanvasSize.SDXL: SDXL_SIZES, CanvasSize.SD15: SD15_SIZES, CanvasSize.SD2: SD2_SIZES}[choice])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,13 +244,17 @@ class CropPlan:
 
         A canvas that was enlarged or reduced as a whole comes back as well, at the detail it has.
         """
-        width, height = self._used(images.size_of(canvas))
-        return self._inside(images.resize(canvas[:, :height, :width], self.extent))
+        across, down = self._used(images.size_of(canvas))
+        if across.is_integer() and down.is_integer():
+            return self._inside(images.resize(canvas[:, : int(down), : int(across)], self.extent))
+        return self._inside(_resize_part(canvas, (across, down), self.extent))
 
     def uncut_mask(self, canvas: Tensor) -> Tensor:
         """Canvas masks [B, h, w] -> the box's part of the picture, [B, box height, box width]."""
-        width, height = self._used(images.size_of(canvas))
-        return self._inside(images.resize_mask(canvas[:, :height, :width], self.extent))
+        across, down = self._used(images.size_of(canvas))
+        if across.is_integer() and down.is_integer():
+            return self._inside(images.resize_mask(canvas[:, : int(down), : int(across)], self.extent))
+        return self._inside(_resize_part(canvas[..., None], (across, down), self.extent)[..., 0])
 
     def changed(self, cut: Tensor, canvas: Tensor, tolerance: float = UNCHANGED) -> Tensor:
         """Where a canvas [B, h, w, 3] that came back shows anything else than was ``cut``: 0 and 1,
@@ -228,13 +263,11 @@ class CropPlan:
         hit = (images.resize_mask(moved[:, : self.scaled.height, : self.scaled.width], self.extent) > 0).to(canvas)
         return self._inside(self._reached(hit, self.scaled, self.extent))
 
-    def _used(self, canvas: Size) -> Size:
-        """The part of a canvas, of whatever size it came back, that is not padding."""
-        if canvas == self.canvas:
-            return self.scaled
-        return Size(
-            max(round(self.scaled.width * canvas.width / self.canvas.width), 1),
-            max(round(self.scaled.height * canvas.height / self.canvas.height), 1),
+    def _used(self, canvas: Size) -> tuple[float, float]:
+        """Width and height of what is not padding on a canvas, of whatever size it came back."""
+        return (
+            self.scaled.width * canvas.width / self.canvas.width,
+            self.scaled.height * canvas.height / self.canvas.height,
         )
 
     def _inside(self, extent: Tensor) -> Tensor:
@@ -373,6 +406,17 @@ def _scaled(extent: Size, canvas: Size) -> Size:
         return canvas
     scale = min(across, down)
     return Size(max(round(extent.width * scale), 1), max(round(extent.height * scale), 1))
+
+
+def _resize_part(pictures: Tensor, part: tuple[float, float], size: Size) -> Tensor:
+    """The top left ``part`` (width, height) of images [B, H, W, C] at another size, as ``images.resize`` does it for
+    whole pixels; 0..1."""
+    planes = pictures.detach().cpu().permute(0, 3, 1, 2)
+    result = torch.empty(*planes.shape[:2], size.height, size.width)
+    for plane, target in zip(planes.flatten(0, 1), result.flatten(0, 1), strict=True):
+        resized = Image.fromarray(plane.contiguous().numpy()).resize(size, Image.Resampling.BICUBIC, (0, 0, *part))
+        target.copy_(torch.from_numpy(np.array(resized)))
+    return result.clamp(0, 1).permute(0, 2, 3, 1).to(pictures)
 
 
 def _place(wanted: tuple[int, int], must: tuple[int, int], side: int, available: int) -> int:

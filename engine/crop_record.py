@@ -105,8 +105,8 @@ class CropRecord:
         other = [n for n, digest in enumerate(self.digests) if _digest(pictures[n], self._of(n)) != digest]
         if not other:
             return ()
-        which = "The original" if self.count == 1 else f"{len(other)} of the {self.count} originals"
-        return (f"{which} differs outside the mask from what was cut; check that it is the same picture.",)
+        which = "The original is" if self.count == 1 else f"{len(other)} of the {self.count} originals are"
+        return (f"{which} not what was cut, as pixels outside the mask show; check that it is the same picture.",)
 
     def _of(self, picture: int) -> list[Patch]:
         return [patch for patch in self.patches if patch.picture == picture]

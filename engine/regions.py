@@ -129,7 +129,9 @@ def stable_boxes(boxes: Sequence[Box | None], mode: Video, smoothing: float = 8.
     UNION gives every frame the smallest box that holds them all. SMOOTHED moves a box of constant size along the
     centres, filtered by a Gaussian of ``smoothing`` frames (0..1000), which is symmetric and so neither lags nor leads;
     the ends repeat, and frames without a box lie on the line between their neighbours. The size is what the frame
-    farthest from its place on the path needs. OFF leaves the boxes as they are. Raises InputError when no frame has a box.
+    farthest from its place on the path needs. OFF leaves the boxes as they are.
+
+    Raises InputError when no frame has a box.
     """
     check_range("smoothing", smoothing, 0, MAX_SMOOTHING)
     known = [box for box in boxes if box is not None]

@@ -7,6 +7,7 @@ from comfyui_mend.engine.crop import (
     SD15_SIZES,
     SDXL_SIZES,
     Area,
+    CanvasSize,
     CropOptions,
     CropPlan,
     Overflow,
@@ -14,6 +15,7 @@ from comfyui_mend.engine.crop import (
     around,
     plan,
     surroundings,
+    target_of,
     whole,
 )
 from comfyui_mend.engine.fill import FillMethod, fill
@@ -350,3 +352,13 @@ def test_options_out_of_range_are_named(wrong, says):
 def test_targets_out_of_range_are_refused(make):
     with pytest.raises(InputError):
         make()
+
+
+def test_every_choice_of_a_canvas_size_is_a_target():
+    targets = {choice: target_of(choice, Size(640, 512), 0.25) for choice in CanvasSize}
+    assert targets[CanvasSize.OWN] is None
+    assert targets[CanvasSize.EXACT] == Sizes((Size(640, 512),))
+    assert targets[CanvasSize.MEGAPIXELS] == Area(512 * 512)
+    assert {Size(1024, 1024), Size(512, 512), Size(768, 768)} <= {
+        size for choice in (CanvasSize.SDXL, CanvasSize.SD15, CanvasSize.SD2) for size in targets[choice].sizes
+    }
