@@ -33,7 +33,7 @@ LAMA_AREA = 1536 * 1024
 """LaMa's result loses texture in holes of more than some 500 pixels, about half the side of this."""
 MAT_SIDE = 512
 """MAT's networks are made for squares of this size."""
-BYTES_PER_PIXEL = {"LaMa": 1200, "MAT": 8000}
+BYTES_PER_PIXEL = {"LaMa": 1000, "MAT": 6000}
 """Activations at float32: 1.5 times the most that is alive at once."""
 
 # each names one layer that only this architecture has

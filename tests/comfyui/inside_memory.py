@@ -129,7 +129,16 @@ def safety_checker() -> Case:
     return Case(module, Role.SAFETY, (torch.randn(2, 3, 30, 30),), run)
 
 
-CASES = {f.__name__: f for f in (unet, vae, text_encoder, t5, safety_checker)}
+def lama() -> Case:
+    """Convolutions that mirror their input, batch norms, and Fourier transforms; a smaller one of LaMa's generators."""
+    from spandrel.architectures.LaMa.__arch.LaMa import FFCResNetGenerator
+
+    module = FFCResNetGenerator(4, 3, ngf=8, n_downsampling=2, n_blocks=2)
+    inputs = torch.rand(1, 3, 24, 32), torch.rand(1, 1, 24, 32).round()
+    return Case(module, Role.FILL, inputs, lambda m, image, mask: m(image, mask))
+
+
+CASES = {f.__name__: f for f in (unet, vae, text_encoder, t5, safety_checker, lama)}
 
 
 def build(name: str) -> tuple[Case, dict[torch.device, Tensor]]:
@@ -137,9 +146,10 @@ def build(name: str) -> tuple[Case, dict[torch.device, Tensor]]:
     torch.manual_seed(0)
     case = CASES[name]()
     with torch.no_grad():
-        for tensor in [*case.module.parameters(), *case.module.buffers()]:
+        for key, tensor in [*case.module.named_parameters(), *case.module.named_buffers()]:
             if tensor.is_floating_point():
-                tensor.copy_(torch.randn_like(tensor) * 0.1)
+                values = torch.randn_like(tensor) * 0.1
+                tensor.copy_(values.abs() if key.endswith("running_var") else values)
     case.module.eval().requires_grad_(False)
     with PretendedDevice():
         expected = {

@@ -3,7 +3,7 @@
 import pytest
 from workspace import run_inside
 
-MODULES = ("unet", "vae", "text_encoder", "t5", "safety_checker")
+MODULES = ("unet", "vae", "text_encoder", "t5", "safety_checker", "lama")
 ON_THE_CARD = "meta"
 """The name of the pretended graphics card; see inside.VRAM."""
 
