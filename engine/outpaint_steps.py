@@ -29,9 +29,10 @@ from .types import MAX_SEED, MAX_SIDE, Box, Compat, Crop, InpaintRequest, Inpain
 MIN_GROWTH = 16
 """Pixels a stage may add to a side, at least."""
 MIN_WINDOW = 64
-WINDOW_SEED = 0x9E3779B9
-"""Added to the seed for each further window: 2**32 over the golden ratio. Torch's CPU generator uses the lower 32 bits
-of a seed, and multiples of this one stay far apart in them, so that windows keep clear of the batch's seed + i too."""
+WINDOW_SEED = 0x6A09E667
+"""Added to the seed for each further window: 2**32 times the square root of 2, less 1. Torch's CPU generator uses the
+lower 32 bits of a seed; multiples of this one stay far apart in them, and from the parts of a mask (inpaint.PART_SEED),
+so that windows keep clear of the batch's seed + i too."""
 CONTEXT = 4
 """A window shows at least one part in so many of what is there already."""
 
