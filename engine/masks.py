@@ -1,72 +1,159 @@
-"""Masks: grown, softened, filled, put on the latent grid.
+"""Masks made ready: cleaned up, grown, softened, put on the latent grid.
 
 Masks are float32 ``[B, H, W]`` in 0..1, 1 = repaint. The functions are pure, treat each mask of a batch alone and
-answer on the device the mask came on; the arithmetic is NumPy on the CPU, so a mask gives the same bits whatever device
-it came from. Work is confined to the mask's bounding box. OpenCV is used where it imports, SciPy otherwise, with the
-same result.
-
-Grey is kept as grey: a grey mask is the stack of its level sets {mask >= t}, and growing or filling it does to every
-level what it does to a binary mask (flat grey-scale morphology; Serra, Image Analysis and Mathematical Morphology,
-1982).
+answer on the device the mask came on; the arithmetic is NumPy on the CPU (``morphology``), so a mask gives the same
+bits whatever device it came from. Work is confined to the mask's bounding box. Grey is kept as grey.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .types import Box, InputError, check_range
+from . import morphology
+from .morphology import HOLE_LEVELS as HOLE_LEVELS
+from .morphology import ByteArray as ByteArray
+from .morphology import FloatArray as FloatArray
+from .morphology import Shape as Shape
+from .morphology import opencv as opencv
+from .types import Box, InputError, Size, check_range
 
-FloatArray = npt.NDArray[np.float32]
-ByteArray = npt.NDArray[np.uint8]
 OnImage = Callable[[int, int], None]
 """Called with (done, total) after each image of a batch; may raise to stop."""
 
 MAX_PIXELS = 1024
-"""The largest growth and feather."""
-HOLE_LEVELS = 32
-"""Grey masks with more levels than this have their holes filled in so many even steps."""
+"""The largest growth, feather, opening and closing."""
+MAX_DOWNSCALE = 64
+"""The largest latent cell."""
+
+
+class Unit(str, Enum):
+    """What the lengths of ``MaskOptions`` are given in."""
+
+    PIXELS = "pixels"
+    PERCENT = "percent"
+    """Of the picture's longer side; ``min_island``: of its area."""
+
+
+class FeatherSide(str, Enum):
+    """Where the soft edge lies."""
+
+    OUTWARD = "outward"
+    """Outside the mask, which itself stays as it is."""
+    INWARD = "inward"
+    """Inside the mask, which does not reach further than before."""
+    CENTRED = "centred"
+    """Half inside and half outside, 1/2 on the edge."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskOptions:
-    """What ``prepare`` does, in this order; the defaults leave the mask alone."""
+    """What ``prepare_masks`` does, in this order; the defaults leave the mask alone.
 
+    floor, threshold, invert, close, fill_holes, open, min_island, keep_largest make the user's mask; grow, feather and
+    keep_solid come after. What touches the picture's border stays on it throughout.
+    """
+
+    floor: float = 0.0
+    """0..1: values below it become 0 and the rest stays, which takes faint smears off a grey mask."""
     threshold: float = 0.0
     """0..1: values from here up become 1 and the rest 0; 0 keeps grey as it is."""
     invert: bool = False
+    close: float = 0.0
+    """Gaps up to about twice as wide are bridged (grow, then shrink)."""
     fill_holes: bool = False
+    open: float = 0.0
+    """Specks and strokes up to about twice as wide are dropped (shrink, then grow)."""
+    min_island: float = 0.0
+    """Islands of fewer pixels are dropped; in percent: of the picture's area. An island is what hangs together above
+    0, also by a corner."""
+    keep_largest: bool = False
+    """Only the largest island stays."""
     grow: float = 0.0
-    """Pixels, round; negative shrinks."""
+    """Negative shrinks."""
     feather: float = 0.0
-    """Pixels of soft edge outside the mask."""
+    """Width of the soft edge, a raised cosine of the Euclidean distance."""
+    feather_side: FeatherSide = FeatherSide.OUTWARD
+    keep_solid: bool = False
+    """The user's mask stays at least as strong as it was, also under an inward feather or a negative ``grow``."""
+    shape: Shape = Shape.ROUND
+    """Of grow, close and open."""
+    unit: Unit = Unit.PIXELS
+    """Of grow, feather, close, open and min_island."""
 
     def __post_init__(self) -> None:
+        check_range("floor", self.floor, 0, 1)
         check_range("threshold", self.threshold, 0, 1)
-        check_range("grow", self.grow, -MAX_PIXELS, MAX_PIXELS)
-        check_range("feather", self.feather, 0, MAX_PIXELS)
+        limit = 100 if self.unit is Unit.PERCENT else MAX_PIXELS
+        check_range("grow", self.grow, -limit, limit)
+        for name in ("feather", "close", "open"):
+            check_range(name, getattr(self, name), 0, limit)
+        check_range("min_island", self.min_island, 0, 100 if self.unit is Unit.PERCENT else math.inf)
+
+
+class PreparedMasks(NamedTuple):
+    """The three masks of a run, [B, H, W] each."""
+
+    user: Tensor
+    """What was painted, cleaned up: from floor to keep_largest."""
+    sampler: Tensor
+    """The grown mask on whole latent cells: where the model may paint."""
+    stitch: Tensor
+    """The grown and feathered mask: how much of what was painted goes into the picture."""
 
 
 def prepare(mask: Tensor, options: MaskOptions, on_image: OnImage | None = None) -> Tensor:
-    """The mask [B, H, W] after threshold, invert, fill_holes, grow and feather, in this order."""
-    if options.threshold > 0:
-        mask = threshold(mask, options.threshold)
-    if options.invert:
-        mask = invert(mask)
+    """The stitch mask of ``prepare_masks``, [B, H, W]."""
+    return prepare_masks(mask, options, on_image=on_image).stitch
 
-    def shape(array: FloatArray) -> FloatArray:
-        if options.fill_holes:
-            array = _fill_holes(array)
-        return _feather(_grow(array, options.grow), options.feather)
 
-    return _each(mask, shape, max(options.grow, 0) + options.feather, on_image)
+def prepare_masks(
+    mask: Tensor, options: MaskOptions, downscale: int = 8, on_image: OnImage | None = None
+) -> PreparedMasks:
+    """The user's, the sampler's and the stitch mask of a mask [B, H, W], as ``options`` say.
+
+    ``downscale`` is the side of a latent cell in pixels, 1..64; the picture need not be whole cells. With an outward
+    feather and no shrinking, or with keep_solid, the stitch mask is at least the user's everywhere. Raises InputError
+    for a percentage that comes to more than MAX_PIXELS.
+    """
+    check_range("downscale", downscale, 1, MAX_DOWNSCALE)
+    _, height, width = mask.shape
+    lengths = _lengths(options, Size(width, height))
+    reach = lengths.close + max(lengths.grow, 0) + lengths.feather
+    started = _levels(mask, options)
+    prepared = PreparedMasks(*(torch.zeros_like(started) for _ in PreparedMasks._fields))
+    for index, source in enumerate(started):
+        box = bounding_box(source)
+        if box is not None:
+            box = _whole_cells(expand_box(box, math.floor(reach) + 1, height, width), downscale, height, width)
+            array = source[box.rows, box.columns].detach().cpu().contiguous().numpy()
+            for target, result in zip(prepared, _prepare_one(array, options, lengths, downscale), strict=True):
+                target[index, box.rows, box.columns] = torch.from_numpy(result).to(target)
+        if on_image is not None:
+            on_image(index + 1, mask.shape[0])
+    return prepared
+
+
+def _prepare_one(array: FloatArray, options: MaskOptions, lengths: _Lengths, downscale: int) -> list[FloatArray]:
+    """user, sampler, stitch, in this order; ``array`` starts on a cell."""
+    user = morphology.closing(array, lengths.close, options.shape)
+    if options.fill_holes:
+        user = morphology.fill_holes(user)
+    user = morphology.opening(user, lengths.open, options.shape)
+    if lengths.min_island > 0 or options.keep_largest:
+        user = morphology.drop_islands(user, lengths.min_island, keep_largest=options.keep_largest)
+    grown = morphology.grow(user, lengths.grow, options.shape)
+    stitch = _FEATHERS[options.feather_side](grown, lengths.feather)
+    if options.keep_solid:
+        grown, stitch = np.maximum(grown, user), np.maximum(stitch, user)
+    return [user, _snap_to_grid(grown, downscale), stitch]
 
 
 def threshold(mask: Tensor, value: float) -> Tensor:
@@ -79,34 +166,34 @@ def invert(mask: Tensor) -> Tensor:
     return 1 - mask
 
 
-def grow(mask: Tensor, pixels: float) -> Tensor:
-    """Dilation by a disk: each pixel takes the largest value within ``pixels`` of it (centre to centre, Euclidean).
+def grow(mask: Tensor, pixels: float, shape: Shape = Shape.ROUND) -> Tensor:
+    """Dilation: each pixel takes the largest value within ``pixels`` of it, as ``shape`` measures that.
 
     Negative ``pixels`` shrink: the smallest value within reach. What lies outside the picture counts for neither, so
-    a mask that touches the border stays on it.
+    a mask that touches the border stays on it. -1024..1024; round takes fractions as they are, square rounds down.
     """
     check_range("grow", pixels, -MAX_PIXELS, MAX_PIXELS)
-    return _each(mask, lambda array: _grow(array, pixels), margin=max(pixels, 0))
+    return _each(mask, lambda array: morphology.grow(array, pixels, shape), margin=max(pixels, 0))
 
 
-def feather(mask: Tensor, pixels: float) -> Tensor:
-    """A soft edge outside the mask, which itself stays as it is.
+def feather(mask: Tensor, pixels: float, side: FeatherSide = FeatherSide.OUTWARD) -> Tensor:
+    """A soft edge of ``pixels`` (0..1024) grey pixels: a raised cosine of the Euclidean distance from the mask.
 
-    At distance d from a solid mask the value is (1 + cos(pi t)) / 2 with t = d / (pixels + 1): ``pixels`` pixels are
-    grey, the next one is 0. Grey values fade as if they lay part-way down that slope. This is the dilation by a
-    parabola (van den Boomgaard and Smeulders, The morphological structure of images, 1994) of the values u = 1 - t^2.
+    Outward the mask itself stays as it is, and the pixel after the last grey one is 0; inward it is the same for what
+    is not masked. See ``morphology.feather_outward``, ``feather_inward`` and ``feather_centred`` for the formulas.
     """
     check_range("feather", pixels, 0, MAX_PIXELS)
-    return _each(mask, lambda array: _feather(array, pixels), margin=pixels)
+    return _each(mask, lambda array: _FEATHERS[side](array, pixels), margin=pixels)
 
 
 def fill_holes(mask: Tensor) -> Tensor:
     """Regions enclosed by the mask become part of it, at the level of what encloses them.
 
     A region is enclosed when no path of side-by-side pixels leads from it to the picture's border. Grey masks are
-    filled level by level: exactly where they hold up to HOLE_LEVELS levels, else in that many even steps.
+    filled level by level: exactly, but for masks with more than HOLE_LEVELS levels and a megapixel of grey, which are
+    filled in HOLE_LEVELS even steps.
     """
-    return _each(mask, _fill_holes, margin=0)
+    return _each(mask, morphology.fill_holes, margin=0)
 
 
 def bounding_box(mask: Tensor) -> Box | None:
@@ -132,6 +219,24 @@ def to_latent_grid(mask: Tensor, downscale: int) -> Tensor:
     return cells.amax(dim=(3, 5))
 
 
+def snap_to_grid(mask: Tensor, downscale: int = 8) -> Tensor:
+    """The mask [B, H, W] grown out to whole latent cells of ``downscale`` pixels (1..64), at its own size.
+
+    Each pixel takes the largest value of its cell, so the mask survives every way of making it smaller by
+    ``downscale``. Cells start at the top left; those at the right and bottom border may be cut short.
+    """
+    check_range("downscale", downscale, 1, MAX_DOWNSCALE)
+    result = torch.zeros_like(mask)
+    _, height, width = mask.shape
+    for source, target in zip(mask, result, strict=True):
+        box = bounding_box(source)
+        if box is not None:
+            box = _whole_cells(box, downscale, height, width)
+            array = source[box.rows, box.columns].detach().cpu().contiguous().numpy()
+            target[box.rows, box.columns] = torch.from_numpy(_snap_to_grid(array, downscale)).to(target)
+    return result
+
+
 def expand_box(box: Box, margin: int, height: int, width: int) -> Box:
     """``box`` with ``margin`` pixels more on every side, as far as the picture reaches."""
     return Box(
@@ -142,162 +247,80 @@ def expand_box(box: Box, margin: int, height: int, width: int) -> Box:
     )
 
 
-def opencv() -> ModuleType | None:
-    """OpenCV where it is installed."""
-    try:
-        import cv2
-    except ImportError:
-        return None
-    return cv2
+def to_pixels(name: str, length: float, unit: Unit, size: Size) -> float:
+    """``length`` in pixels of a picture of ``size``; a percentage is of its longer side.
+
+    Raises InputError, naming the length, for one of more than MAX_PIXELS.
+    """
+    if unit is Unit.PIXELS:
+        return length
+    pixels = length / 100 * max(size)
+    if abs(pixels) > MAX_PIXELS:
+        raise InputError(
+            f"{name} is {length:g} % of {size}, {round(pixels)} pixels; at most {MAX_PIXELS} can be worked with, which"
+            f" is {MAX_PIXELS / max(size):.3%} here."
+        )
+    return pixels
 
 
-def _each(
-    mask: Tensor, operation: Callable[[FloatArray], FloatArray], margin: float, on_image: OnImage | None = None
-) -> Tensor:
+_FEATHERS: dict[FeatherSide, Callable[[FloatArray, float], FloatArray]] = {
+    FeatherSide.OUTWARD: morphology.feather_outward,
+    FeatherSide.INWARD: morphology.feather_inward,
+    FeatherSide.CENTRED: morphology.feather_centred,
+}
+
+
+class _Lengths(NamedTuple):
+    """The lengths of some options in pixels; the island in pixels of area."""
+
+    grow: float
+    feather: float
+    close: float
+    open: float
+    min_island: float
+
+
+def _lengths(options: MaskOptions, size: Size) -> _Lengths:
+    names = ("grow", "feather", "close", "open")
+    lengths = {name: to_pixels(name, getattr(options, name), options.unit, size) for name in names}
+    area = size.width * size.height / 100 if options.unit is Unit.PERCENT else 1
+    return _Lengths(**lengths, min_island=options.min_island * area)
+
+
+def _levels(mask: Tensor, options: MaskOptions) -> Tensor:
+    """floor, threshold and invert, which look at each pixel alone."""
+    if options.floor > 0:
+        mask = torch.where(mask < options.floor, 0.0, mask)
+    if options.threshold > 0:
+        mask = threshold(mask, options.threshold)
+    return invert(mask) if options.invert else mask
+
+
+def _each(mask: Tensor, operation: Callable[[FloatArray], FloatArray], margin: float) -> Tensor:
     """``operation`` on each mask's bounding box, with the ``margin`` it reaches and a pixel of what is not masked."""
     result = mask.clone()
-    for index, (source, target) in enumerate(zip(mask, result, strict=True)):
+    for source, target in zip(mask, result, strict=True):
         box = bounding_box(source)
         if box is not None:
             box = expand_box(box, math.floor(margin) + 1, *source.shape)
             array = source[box.rows, box.columns].detach().cpu().contiguous().numpy()
             target[box.rows, box.columns] = torch.from_numpy(operation(array)).to(target)
-        if on_image is not None:
-            on_image(index + 1, mask.shape[0])
     return result
 
 
-def _grow(array: FloatArray, pixels: float) -> FloatArray:
-    if pixels == 0:
-        return array
-    return _dilate(array, pixels) if pixels > 0 else -_dilate(-array, -pixels)
+def _whole_cells(box: Box, side: int, height: int, width: int) -> Box:
+    """The smallest box of whole cells around ``box``, as far as the picture reaches."""
+    return Box(
+        box.left // side * side,
+        box.top // side * side,
+        min(-(-box.right // side) * side, width),
+        min(-(-box.bottom // side) * side, height),
+    )
 
 
-def _dilate(array: FloatArray, radius: float) -> FloatArray:
-    low, high = array.min(), array.max()
-    if low == high:
-        return array
-    solid = array == high
-    if (solid | (array == low)).all():
-        # two levels: a byte each is four times faster
-        return np.where(_dilate_disk(solid.view(np.uint8), radius).view(bool), high, low)
-    return _dilate_disk(array, radius)
-
-
-def _dilate_disk(array: npt.NDArray, radius: float) -> npt.NDArray:
-    """Flat dilation by the pixels within ``radius``, row by row of the disk; exact, in steps linear in it."""
-    result = array.copy()
-    row = array.copy()  # dilated by the horizontal span -reach..reach
-    before = np.empty_like(row)
-    reach = 0
-    for dy, span in _disk_rows(radius):
-        while reach < span:
-            np.copyto(before, row)
-            _raise_to_shifted(row, before, 1, axis=1)
-            reach += 1
-        if dy == 0:
-            np.maximum(result, row, out=result)
-        else:
-            _raise_to_shifted(result, row, dy, axis=0)
-    return result
-
-
-def _disk_rows(radius: float) -> Iterator[tuple[int, int]]:
-    """(dy, half-width) of the rows of a disk, from its rim to its middle."""
-    squared = math.floor(radius * radius)
-    for dy in range(math.isqrt(squared), -1, -1):
-        yield dy, math.isqrt(squared - dy * dy)
-
-
-def _raise_to_shifted(target: npt.NDArray, source: npt.NDArray, shift: int, axis: int, drop: float = 0) -> None:
-    """target = max(target, source moved by +shift and by -shift along the axis, less ``drop``), in place."""
-    if shift >= target.shape[axis]:
-        return
-    target, source = (target, source) if axis == 0 else (target.T, source.T)
-    ahead, behind = source[:-shift], source[shift:]
-    if drop:
-        ahead, behind = ahead - np.float32(drop), behind - np.float32(drop)
-    np.maximum(target[shift:], ahead, out=target[shift:])
-    np.maximum(target[:-shift], behind, out=target[:-shift])
-
-
-def _feather(array: FloatArray, pixels: float) -> FloatArray:
-    """max(array, the slope that falls from it to 0 just beyond ``pixels``)."""
-    if pixels == 0:
-        return array
-    reach = pixels + 1
-    peak = array.max()
-    solid = array == peak
-    if (solid | (array == 0)).all():
-        distance = _distance(solid)
-        ramp = (distance > 0) & (distance < reach)
-        # the squares are whole numbers, and both libraries are right to a thousandth of a pixel
-        height = _height(peak) - np.rint(distance[ramp] ** 2) / np.float32(reach * reach)
-        slope = _value(np.maximum(height, 0))
-    else:
-        heights = _dilate_parabola(_height(array), reach)
-        ramp = (heights > 0) & (heights < 1)
-        slope = _value(heights[ramp])
-    faded = array.copy()
-    faded[ramp] = np.maximum(array[ramp], slope)
-    return faded
-
-
-def _dilate_parabola(height: FloatArray, reach: float) -> FloatArray:
-    """max over q of height(q) - |p - q|^2 / reach^2, one axis after the other."""
-    for axis in (0, 1):
-        source = height
-        height = source.copy()
-        for shift in range(1, math.ceil(reach)):
-            _raise_to_shifted(height, source, shift, axis, drop=shift * shift / (reach * reach))
-    return height
-
-
-def _height(value: FloatArray | np.float32) -> FloatArray:
-    """The place u = 1 - t^2 on the slope where it has this value."""
-    t = np.arccos(np.clip(2 * value - 1, -1, 1)) / np.float32(math.pi)
-    return (1 - t * t).astype(np.float32)
-
-
-def _value(height: FloatArray) -> FloatArray:
-    t = np.sqrt(1 - height)
-    return (np.float32(0.5) * (1 + np.cos(np.float32(math.pi) * t))).astype(np.float32)
-
-
-def _distance(solid: npt.NDArray[np.bool_]) -> FloatArray:
-    """Distance of each pixel to the nearest solid one."""
-    cv2 = opencv()
-    if cv2 is not None:
-        distance: FloatArray = cv2.distanceTransform((~solid).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-        return distance
-    from scipy import ndimage
-
-    return ndimage.distance_transform_edt(~solid).astype(np.float32)
-
-
-def _fill_holes(array: FloatArray) -> FloatArray:
-    peak = array.max()
-    solid = array == peak
-    if (solid | (array == 0)).all():
-        return np.where(_enclosed(solid), peak, np.float32(0))
-    levels = np.unique(array[array > 0])
-    if len(levels) > HOLE_LEVELS:
-        levels = levels[-1] * np.arange(1, HOLE_LEVELS + 1, dtype=np.float32) / HOLE_LEVELS
-    filled = array.copy()
-    for level in levels:
-        filled[_enclosed(array >= level)] = level
-    return np.maximum(filled, array)
-
-
-def _enclosed(solid: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """``solid`` and the regions it encloses."""
-    cv2 = opencv()
-    if cv2 is None:
-        from scipy import ndimage
-
-        filled: npt.NDArray[np.bool_] = ndimage.binary_fill_holes(solid)
-        return filled
-    # a frame of background joins everything that is open to the border
-    framed = np.pad(solid.view(np.uint8), 1)
-    cv2.floodFill(framed, None, (0, 0), 2)
-    return framed[1:-1, 1:-1] != 2
+def _snap_to_grid(array: FloatArray, side: int) -> FloatArray:
+    height, width = array.shape
+    padded = np.pad(array, ((0, -height % side), (0, -width % side)))
+    rows = padded.reshape(-1, side, padded.shape[1]).max(axis=1)
+    cells = rows.reshape(len(rows), -1, side).max(axis=2)
+    return cells.repeat(side, axis=0).repeat(side, axis=1)[:height, :width]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from comfyui_mend.engine import masks
+from comfyui_mend.engine import morphology
 from comfyui_mend.engine.masks import (
     MaskOptions,
     bounding_box,
@@ -28,13 +28,13 @@ few = settings(max_examples=40)
 @pytest.fixture(params=["opencv", "scipy"], autouse=True)
 def backend(request, monkeypatch):
     if request.param == "scipy":
-        monkeypatch.setattr(masks, "opencv", lambda: None)
+        monkeypatch.setattr(morphology, "opencv", lambda: None)
     return request.param
 
 
 def with_scipy(operation, mask):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masks, "opencv", lambda: None)
+        patch.setattr(morphology, "opencv", lambda: None)
         return operation(mask)
 
 
