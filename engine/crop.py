@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import images
-from .fill import FillMethod
+from .fill import NETWORKS, FillMethod
 from .outpaint import Padding, pad
 from .types import MAX_SIDE, Box, InputError, Size, check_area, check_range
 
@@ -173,6 +173,11 @@ class CropOptions:
         check_range("multiple", self.multiple, 1, 1024)
         check_range("keep_scale", self.keep_scale, 0, 0.9)
         check_range("max_aspect", self.max_aspect, 1, 100)
+        if self.fill in NETWORKS:
+            raise InputError(
+                f'The fill "{self.fill.value}" needs a network, which a crop has none for; choose another fill, or pad'
+                " and fill the picture first."
+            )
         if isinstance(self.target, Sizes):
             for size in self.target.sizes:
                 self._check_multiple(size)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import fill, inpaint, load, mask, outpaint, safety
+from . import crop, fill, inpaint, load, mask, outpaint, safety
 
 
 class MendExtension(ComfyExtension):
     """What ComfyUI registers."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*load.NODES, *mask.NODES, *outpaint.NODES, *fill.NODES, *inpaint.NODES, *safety.NODES]
+        return [*load.NODES, *mask.NODES, *outpaint.NODES, *fill.NODES, *crop.NODES, *inpaint.NODES, *safety.NODES]

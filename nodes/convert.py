@@ -8,3 +8,5 @@ ModelType = io.Custom("MEND_MODEL")
 """Carries a comfy_host.MendModel."""
 SafetyCheckerType = io.Custom("MEND_SAFETY_CHECKER")
 """Carries an engine.safety.SafetyChecker."""
+CropType = io.Custom("MEND_CROP")
+"""Carries an engine.crop_record.CropRecord."""

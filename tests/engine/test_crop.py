@@ -340,6 +340,7 @@ def test_surroundings_may_stick_out():
         ({"multiple": 0}, "multiple is 0"),
         ({"keep_scale": 1}, "keep_scale"),
         ({"max_aspect": 0.9}, "max_aspect"),
+        ({"fill": "lama"}, "needs a network"),
         ({"target": Sizes((Size(500, 512),))}, "give 496"),
     ],
 )
