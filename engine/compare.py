@@ -25,7 +25,7 @@ from .grain import grain_level
 from .images import as_images, as_mask_batch, as_masks, size_of
 from .masks import OnImage, bounding_box, expand_box, grow
 from .registration import Shift, shift_between
-from .types import Box, InputError, Size, check_range
+from .types import Box, InputError, MendError, Size, check_range
 
 FloatArray = npt.NDArray[np.float32]
 Region = npt.NDArray[np.bool_]
@@ -48,6 +48,12 @@ FLAT_GRAIN = 0.1 / 255
 """Grain below this counts as this."""
 STRIP = 2**20
 """Pixels compared at once."""
+
+
+class LimitExceededError(MendError):
+    """A comparison went beyond its limits; the message has the figures."""
+
+    __module__ = "mend"
 
 
 class Offset(NamedTuple):
@@ -187,6 +193,11 @@ class Comparison:
     @property
     def passed(self) -> bool:
         return not self.failures
+
+    def enforce(self) -> None:
+        """Raise LimitExceededError unless everything passed."""
+        if self.failures:
+            raise LimitExceededError(" ".join(self.failures))
 
     def report(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
