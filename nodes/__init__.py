@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import crop, fill, inpaint, load, mask, outpaint, safety
+from . import color, compare, crop, fill, inpaint, load, mask, outpaint, safety
 
 
 class MendExtension(ComfyExtension):
     """What ComfyUI registers."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*load.NODES, *mask.NODES, *outpaint.NODES, *fill.NODES, *crop.NODES, *inpaint.NODES, *safety.NODES]
+        return [
+            *load.NODES,
+            *mask.NODES,
+            *outpaint.NODES,
+            *fill.NODES,
+            *crop.NODES,
+            *inpaint.NODES,
+            *color.NODES,
+            *compare.NODES,
+            *safety.NODES,
+        ]
