@@ -42,26 +42,43 @@ def reach(mask: Tensor, y: int, x: int) -> dict[str, int]:
     }
 
 
-def seam_ratio(image: Tensor, mask: Tensor) -> float:
-    """How much steeper an image [H, W, C] is across the edge of the mask [H, W] (above one half) than beside it.
+class SeamGauge:
+    """How much steeper pictures are across the edge of a mask [H, W] (above one half) than beside it.
 
     The mean absolute step between side-by-side pixels of which one is masked and one is not, over the same mean for
     the mask grown and shrunk by SEAM_DISTANCE pixels. 1 where nothing shows; contours that leave the picture or
     vanish are left out.
     """
-    pixels, inside = image.double().numpy(), mask.numpy() > 0.5
-    signed = ndimage.distance_transform_edt(inside) - ndimage.distance_transform_edt(~inside)
-    beside = np.concatenate([steps(pixels, signed > SEAM_DISTANCE), steps(pixels, signed >= -SEAM_DISTANCE)])
-    return float(steps(pixels, inside).mean() / beside.mean())
+
+    def __init__(self, mask: Tensor) -> None:
+        inside = mask.numpy() > 0.5
+        signed = ndimage.distance_transform_edt(inside) - ndimage.distance_transform_edt(~inside)
+        self._edge = _pairs_across(inside)
+        shrunk, grown = _pairs_across(signed > SEAM_DISTANCE), _pairs_across(signed >= -SEAM_DISTANCE)
+        self._beside = np.concatenate([shrunk, grown], axis=1)
+
+    def ratio(self, image: Tensor) -> float:
+        """Of a picture [H, W, C]."""
+        pixels = image.double().numpy().reshape(-1, image.shape[-1])
+        return _mean_step(pixels, self._edge) / _mean_step(pixels, self._beside)
 
 
-def steps(pixels: npt.NDArray[np.float64], inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    """|difference| of every two neighbours on different sides of the contour, averaged over channels."""
-    found = []
-    for axis in (0, 1):
-        across = np.diff(inside, axis=axis)
-        found.append(np.abs(np.diff(pixels, axis=axis)).mean(axis=-1)[across])
-    return np.concatenate(found)
+def seam_ratio(image: Tensor, mask: Tensor) -> float:
+    """``SeamGauge`` of one picture."""
+    return SeamGauge(mask).ratio(image)
+
+
+def _pairs_across(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
+    """[2, N]: the places, in the flattened picture, of every two neighbours on different sides of the contour."""
+    place = np.arange(inside.size).reshape(inside.shape)
+    across, down = np.diff(inside, axis=1), np.diff(inside, axis=0)
+    first = np.concatenate([place[:, :-1][across], place[:-1][down]])
+    second = np.concatenate([place[:, 1:][across], place[1:][down]])
+    return np.stack([first, second])
+
+
+def _mean_step(pixels: npt.NDArray[np.float64], pairs: npt.NDArray[np.intp]) -> float:
+    return float(np.abs(pixels[pairs[0]] - pixels[pairs[1]]).mean())
 
 
 def timed(run: Callable[[], object]) -> float:

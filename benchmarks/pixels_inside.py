@@ -29,7 +29,7 @@ def main() -> None:
     bench, missing = _bench(order)
     rows = []
     for name in order["only"]:
-        sys.stderr.write(f"{name}: {(pixel_cases.CASES[name].__doc__ or '').strip()}\n")
+        sys.stderr.write(f"{name}: {(pixel_cases.CASES[name].__doc__ or '').splitlines()[0]}\n")
         rows += pixel_cases.CASES[name](bench)
     answer = {"contestants": [c.name for c in bench.contestants], "not_found": missing, "rows": as_json(rows)}
     Path(order["out"]).write_text(json.dumps(answer))
