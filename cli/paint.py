@@ -28,9 +28,12 @@ from .common import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..engine.host import LocalHost
+    from ..engine.host import Host, LocalHost
+    from ..engine.models.protocol import InpaintModel
     from ..engine.safety import SafetyChecker
-    from ..engine.types import InpaintRequest
+    from ..engine.types import InpaintRequest, InpaintResult
+
+    Painter = Callable[[InpaintRequest, InpaintModel, Host], InpaintResult]
 
 # The engine's choices, spelled out because importing them takes seconds; a test keeps the two equal.
 SCHEDULERS = (
@@ -106,8 +109,11 @@ def paint(
     inputs: list[Path],
     timings: dict[str, float],
     sampler_mask: Tensor | None = None,
+    painter: Painter | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> Report:
-    """The diffusion path. Everything that can be refused is refused before the model is loaded."""
+    """The diffusion path: ``engine.inpaint`` unless another ``painter`` is given, whose ``settings`` are written into
+    the file too. Everything that can be refused is refused before the model is loaded."""
     from ..engine.files import check_outputs, numbered
     from ..engine.inpaint import inpaint, normalise
     from ..engine.models.load import load_model
@@ -123,7 +129,7 @@ def paint(
     with clock("load", timings):
         checker = _safety_checker(arguments, host, notices)
         model = load_model(path, host, config=arguments.config, prediction_type=arguments.prediction_type)
-    result = inpaint(request, model, host)
+    result = (painter or inpaint)(request, model, host)
     timings |= result.timings
 
     report = {
@@ -142,7 +148,7 @@ def paint(
             images = _judge(arguments, images, checker, report)
     with clock("write", timings):
         for picture, output, seed in zip(images, outputs, result.seeds, strict=True):
-            write(arguments, output, picture, _parameters(request, seed, path), inputs)
+            write(arguments, output, picture, {**_parameters(request, seed, path), **(settings or {})}, inputs)
     return report | {"timings": rounded(timings)}
 
 
@@ -250,7 +256,8 @@ def _judge(arguments: argparse.Namespace, images: Tensor, checker: SafetyChecker
     return result.images
 
 
-def add_diffusion(parser: argparse.ArgumentParser) -> None:
+def add_diffusion(parser: argparse.ArgumentParser, resizable: bool = True) -> None:
+    """The request's flags; ``resizable``: also those that may give the picture another size."""
     prompts = parser.add_argument_group("prompt")
     add_field(prompts, "-p", "--prompt", metavar="TEXT", help="what the masked area should show; (word:1.2) stresses")
     add_field(prompts, "--negative-prompt", metavar="TEXT", help="what it should not show")
@@ -265,15 +272,16 @@ def add_diffusion(parser: argparse.ArgumentParser) -> None:
     add_field(sampling, "--strength", type=float, metavar="X", help="0..1: 1 starts from noise (default: 1.0)")
     add_field(sampling, "--seed", type=int, metavar="N", help="0..2^64-1 (default: random, and printed)")
     add_field(sampling, "--count", type=int, metavar="N", help="1..64 pictures (default: 1)")
-    add_field(sampling, "--width", type=int, metavar="PX", help="of the result; 0: the image's own (default: 0)")
-    add_field(sampling, "--height", type=int, metavar="PX", help="of the result; 0: the image's own (default: 0)")
+    if resizable:
+        add_field(sampling, "--compat", **which(COMPATS, "follow diffusers' pipeline to rounding (default: off)"))
+        add_field(sampling, "--width", type=int, metavar="PX", help="of the result; 0: the image's own (default: 0)")
+        add_field(sampling, "--height", type=int, metavar="PX", help="of the result; 0: the image's own (default: 0)")
     add_field(
         sampling,
         "--crop",
         **which(CROPS, "the model sees the mask's surroundings, all, or each part's (default: auto)"),
     )
     add_field(sampling, "--soft", action="store_true", help="grey parts of the mask are repainted less")
-    add_field(sampling, "--compat", **which(COMPATS, "follow diffusers' pipeline to rounding (default: off)"))
 
     joining = parser.add_argument_group("joining")
     add_field(joining, "--blend", **which(BLENDS, "how the painted part is joined (default: auto)"))

@@ -58,7 +58,7 @@ class GrowthOptions:
 
     def __post_init__(self) -> None:
         if self.growth.value and self.growth.unit is Unit.PIXELS:
-            check_range("growth", self.growth.value, MIN_GROWTH, MAX_SIDE, "pixels, or 0 for half a window")
+            check_range("growth", self.growth.pixels(0), MIN_GROWTH, MAX_SIDE, "pixels, or 0 for half a window")
         elif self.growth.value:
             check_range("growth", self.growth.value, 1, 10000, "percent, or 0 for half a window")
         check_range("overlap", self.overlap, 0, MAX_SIDE, "pixels")

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from comfyui_mend import cli
-from comfyui_mend.cli import common, paint
+from comfyui_mend.cli import common, outpaint, paint
 from comfyui_mend.engine.files import MaskChannel, read_image, read_mask, read_parameters
 from comfyui_mend.engine.fill import FillMethod
 from comfyui_mend.engine.host import LocalHost
 from comfyui_mend.engine.inpaint import inpaint
 from comfyui_mend.engine.models.load import load_model
+from comfyui_mend.engine.outpaint import SIDES, Anchor, Fitting
+from comfyui_mend.engine.outpaint_steps import GrowthOptions
 from comfyui_mend.engine.safety import SafetyAction
 from comfyui_mend.engine.schedulers import SCHEDULERS
 from comfyui_mend.engine.types import Blend, Compat, Crop, InpaintRequest, InpaintResult, Sigmas
@@ -165,6 +167,33 @@ def test_outpaint_keeps_the_picture_in_its_place(mend):
     wide = read_image("wide.png")
     assert wide.shape == (1, 192 + 24, 256 + 16, 3)
     assert torch.equal(wide[:, :192, 16:], read_image("coffee.png"))
+
+
+def test_outpaint_walks_to_a_target_and_writes_what_makes_it_again(mend):
+    flags = ("--to", "2:1", "--anchor", "left", "--growth", "25%", "--overlap", 8, "--feather", 4, "--seed", 5)
+    assert mend("outpaint", "coffee.png", *flags, "-p", "a table", "-o", "wide.png", *FAST)[0] == 0
+    wide, parameters = read_image("wide.png"), read_parameters("wide.png")
+    assert wide.shape == (1, 192, 384, 3)
+    assert torch.equal(wide[:, :, :250], read_image("coffee.png")[:, :, :250])
+    given = {name: parameters[name] for name in ("to", "anchor", "growth", "overlap", "feather", "seed")}
+    assert given == {"to": "2:1", "anchor": "left", "growth": "25%", "overlap": 8, "feather": 4, "seed": 5}
+
+
+def test_outpaint_takes_percent_cuts_and_says_when_the_feather_shrinks(mend):
+    command = ("outpaint", "coffee.png", "--left=-25%", "--right", "50%", "--top", 8, "--feather", 500, "--pad-only")
+    code, _, err = mend(*command, "-o", "p.png")
+    assert code == 0 and "only 192 wide: 192 were used" in err and "only 192 high: 192 were used" in err
+    assert torch.equal(read_image("p.png")[:, 8:, :192], read_image("coffee.png")[:, :, 64:])
+
+
+def test_outpaint_refuses_room_it_cannot_make_in_a_sentence(mend):
+    command = ("outpaint", "coffee.png", "--pad-only", "-o", "x.png")
+    refused(mend, "'much' is not a length; give pixels like 128", *command, "--left", "much")
+    refused(mend, "The target is '16-9'; give a size", *command, "--to", "16-9")
+    refused(mend, "left is 4 pixels and the target is 16:9", *command, "--to", "16:9", "--left", 4)
+    refused(mend, "The picture is 256x192, which does not fit into 64x64", *command, "--to", "64x64")
+    refused(mend, "leaves nothing of it", *command, "--left=-100%")
+    refused(mend, "growth is 3; give a value from 16", *command, "--growth", 3)
 
 
 def test_outpaint_pad_only_needs_no_model_and_writes_the_mask(mend, monkeypatch):
@@ -439,9 +468,13 @@ def test_the_choices_spelled_out_are_the_engines():
         (common.FILLS, FillMethod),
         (paint.SAFETY_ACTIONS, SafetyAction),
         (common.MASK_CHANNELS, MaskChannel),
+        (outpaint.ANCHORS, Anchor),
+        (outpaint.FITTINGS, Fitting),
     ]:
         assert spelled == tuple(choice.value for choice in real)
     assert tuple(SCHEDULERS) == paint.SCHEDULERS
+    assert outpaint.SIDES == SIDES
+    assert subcommands()["outpaint"].get_default("overlap") == GrowthOptions().overlap
 
 
 def subcommands():
