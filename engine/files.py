@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from .images import to_bytes
@@ -53,11 +53,16 @@ class MaskChannel(str, Enum):
 def read_image(path: str | Path) -> Tensor:
     """The picture at ``path`` as float32 [1, H, W, 3], or [1, H, W, 4] when it has transparency; 0..1.
 
-    Greyscale of 16 bits keeps its precision; 16-bit colour is read at 8 bits, which is all that Pillow decodes.
+    PNG files of 16 bits keep their precision, except grey with an alpha channel.
     Raises InputError, naming the file, when it is missing, no picture, damaged, or larger than MAX_SIDE / MAX_PIXELS.
     """
     path = Path(path)
-    return torch.from_numpy(_colour_array(_load(path)))[None]
+    pixels = _colour_array(_load(path))
+    low = _low_bytes(_open(path))
+    if low is not None:
+        channels = low.shape[-1]
+        pixels[..., :channels] = (np.rint(pixels[..., :channels] * 255) * 256 + low) / 65535
+    return torch.from_numpy(pixels)[None]
 
 
 def read_mask(path: str | Path, channel: MaskChannel = MaskChannel.LUMINANCE) -> Tensor:
@@ -174,7 +179,7 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     return parameters if isinstance(parameters, dict) else {}
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path) -> ImageFile.ImageFile:
     """The file with its header read, within the limits."""
     try:
         with warnings.catch_warnings():
@@ -212,6 +217,20 @@ def _load(path: Path) -> Image.Image:
         return ImageOps.exif_transpose(picture)
     except _BROKEN as error:
         raise InputError(f"{path} is damaged ({error}); export it again.") from error
+
+
+def _low_bytes(picture: ImageFile.ImageFile) -> np.ndarray | None:
+    """The second byte of each channel of a colour PNG of 16 bits, upright [H, W, 3 or 4]; None for other files.
+
+    Pillow keeps the first byte alone; told that the bytes are the other way round, it keeps the second.
+    """
+    if picture.format != "PNG" or not picture.tile:
+        return None
+    codec, extents, offset, order = picture.tile[0]
+    if order not in ("RGB;16B", "RGBA;16B"):
+        return None
+    picture.tile = [(codec, extents, offset, order.replace("16B", "16L"))]  # type: ignore[list-item]
+    return np.asarray(ImageOps.exif_transpose(picture)).astype(np.float32)
 
 
 def _cmyk_to_rgb(picture: Image.Image, profile: bytes | None) -> Image.Image:

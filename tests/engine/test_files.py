@@ -98,10 +98,19 @@ def test_the_transparent_level_of_16_bit_grey_becomes_alpha(tmp_path):
     assert read_image(tmp_path / "a.png")[0, 0, :, 3].tolist() == [0, 1]
 
 
-def test_colour_of_16_bits_reads_within_one_8_bit_level(tmp_path):
-    samples = np.random.default_rng(0).integers(0, 65536, (5, 7, 3))
-    (tmp_path / "a.png").write_bytes(png(2, samples))
-    assert np.abs(read_image(tmp_path / "a.png")[0].numpy() - samples / 65535).max() < 1 / 255
+@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (6, 4)])
+def test_colour_of_16_bits_keeps_its_precision(tmp_path, colour_type, channels):
+    samples = np.random.default_rng(0).integers(0, 65536, (5, 7, channels))
+    (tmp_path / "a.png").write_bytes(png(colour_type, samples))
+    assert np.array_equal(read_image(tmp_path / "a.png")[0].numpy(), samples.astype(np.float32) / np.float32(65535))
+
+
+def test_the_transparent_colour_of_16_bits_becomes_alpha(tmp_path):
+    samples = np.array([[[500, 40000, 65535], [1, 2, 3]]])
+    (tmp_path / "a.png").write_bytes(png(2, samples, (b"tRNS", struct.pack(">HHH", 500, 40000, 65535))))
+    image = read_image(tmp_path / "a.png")[0, 0].numpy()
+    assert np.allclose(image[:, :3], samples[0] / 65535, atol=1e-7)
+    assert image.shape == (2, 4) and image[1, 3] == 1
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
