@@ -1,11 +1,12 @@
 """Grain: how much of it a picture has, and more of the same.
 
-The grain of photographs has a grain size, and a decoder smooths the finest away first. So it is measured at three
-scales, and what is missing is made of three noises: white, and white blurred by one and by two pixels.
+The grain of photographs has a grain size, and a decoder smooths the finest away first. So it is measured at two scales,
+and what is missing is made of three noises: white, and white that is blurred a little and a little more.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -13,14 +14,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .morphology import BoolArray, FloatArray
 from .types import InputError
 
-FloatArray = npt.NDArray[np.float32]
-
-SCALES = 3
-"""Blocks of 1, 2 and 4 pixels a side are compared with their neighbours."""
-BLURS = (0.0, 1.0, 2.0)
-"""Standard deviations, in pixels, of the noises that grain is made of."""
+SCALES = 2
+"""Pixels, and blocks of 2 x 2, are compared with their neighbours; larger ones would take texture for grain."""
+BLURS = (0.0, 0.7, 1.2)
+"""Standard deviations, in pixels, of the blur of the noises that grain is made of."""
 LEAST_PIXELS = 64
 """Fewer measured pixels than this say nothing."""
 QUIET_SHARE = 0.5
@@ -55,7 +55,94 @@ def grain_level(images: Tensor, weight: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(levels)).to(images.device)
 
 
-def _level(image: FloatArray, measured: npt.NDArray[np.bool_], scale: int) -> FloatArray:
+def add_grain(
+    painted: FloatArray,
+    original: FloatArray,
+    inside: BoolArray,
+    around: BoolArray,
+    strength: float,
+    generator: torch.Generator,
+) -> tuple[FloatArray, float, float]:
+    """``painted`` [H, W, 3] with the grain that it lacks ``inside`` [H, W] against ``original`` ``around`` it.
+
+    Returns it with both levels, of the original and of the painted picture (the largest channel's at the finest scale).
+    The noise has the variance that is missing at each scale, is shared by the channels as far as the original's is, and
+    fades where the painted picture has texture of its own. ``strength`` in 0..1 is how much of it is added.
+    """
+    wanted = np.stack([_level(original, around, scale) for scale in range(SCALES)])
+    have = np.stack([_level(painted, inside, scale) for scale in range(SCALES)])
+    lacking = np.clip(wanted**2 - have**2, 0, None)
+    levels = float(wanted[0].max()), float(have[0].max())
+    if not _measurable(inside) or not lacking[0].any():
+        return painted, *levels
+    noise = _noise(lacking, _shared(original, around), painted.shape[:2], generator)
+    room = _room(painted, wanted[0], have[0])
+    return (painted + np.float32(strength) * room[..., None] * noise).clip(0, 1), *levels
+
+
+def _measurable(measured: BoolArray) -> bool:
+    return int(np.count_nonzero(_inner(measured, 0))) * QUIET_SHARE >= LEAST_PIXELS
+
+
+def _noise(variances: FloatArray, shared: float, shape: tuple[int, ...], generator: torch.Generator) -> FloatArray:
+    """[H, W, 3]: noise with the ``variances`` [SCALES, 3] of residuals, of which a share is common to the channels."""
+    from scipy import ndimage, optimize
+
+    responses = _responses()
+    # relative to what is wanted, so that the faint fine grain counts as much as the strong coarse one
+    shares = 1 / np.maximum(variances.T.astype(np.float64), 1e-12)
+    strengths = np.stack(
+        [
+            optimize.nnls(responses * share[:, None], (variance * share).astype(np.float64))[0]
+            for variance, share in zip(variances.T, shares, strict=True)
+        ],
+        axis=1,
+    )
+    result = np.zeros((*shape, 3), np.float32)
+    for blur, strength in zip(BLURS, np.sqrt(strengths), strict=True):
+        white = torch.randn((*shape, 4), generator=generator).numpy()
+        blurred = ndimage.gaussian_filter(white, (blur, blur, 0), mode="reflect") if blur else white
+        mixed = math.sqrt(shared) * blurred[..., 3:] + math.sqrt(1 - shared) * blurred[..., :3]
+        result += (strength * mixed).astype(np.float32)
+    return result
+
+
+@lru_cache
+def _responses() -> npt.NDArray[np.float64]:
+    """[SCALES, noises]: the variance of the residual at each scale of each noise with unit white noise behind it.
+
+    The integral of both filters' power over all frequencies; they are separable, so it is that along one axis, squared.
+    """
+    frequencies = np.fft.fftfreq(PERIOD)
+    noises = [np.exp(-((2 * np.pi * frequencies * blur) ** 2)) for blur in BLURS]
+    residuals = [np.abs(np.fft.fft(_kernel(scale), PERIOD)) ** 2 for scale in range(SCALES)]
+    return np.array([[np.mean(residual * noise) ** 2 for noise in noises] for residual in residuals])
+
+
+def _shared(image: FloatArray, measured: BoolArray) -> float:
+    """0..1: the mean correlation of the channels' grain."""
+    sample = _residual(image, 0)[_quiet(image, _inner(measured, 0))]
+    spread = np.median(np.abs(sample), axis=0) / NORMAL_MEDIAN
+    if not spread.all():
+        return 1.0
+    usual = np.clip(sample / spread, -3, 3)
+    correlation = np.corrcoef(usual, rowvar=False)
+    return float(np.clip((correlation.sum() - 3) / 6, 0, 1))
+
+
+def _room(painted: FloatArray, wanted: FloatArray, have: FloatArray) -> FloatArray:
+    """[H, W] in 0..1: 1 where the painted picture is as smooth as on the whole, 0 where its own detail is enough."""
+    from scipy import ndimage
+
+    # an edge is no grain: it counts as twice the wanted level at most
+    energy = np.minimum(_residual(painted, 0) ** 2, (2 * wanted) ** 2).mean(axis=-1)
+    local = ndimage.gaussian_filter(energy, LOCAL, mode="nearest")
+    target, usual = float((wanted**2).mean()), float((have**2).mean())
+    room: FloatArray = np.sqrt(np.clip((target - local) / max(target - usual, 1e-12), 0, 1)).astype(np.float32)
+    return room
+
+
+def _level(image: FloatArray, measured: BoolArray, scale: int) -> FloatArray:
     """The grain of one picture [H, W, 3] at a scale, as the standard deviation of its residual: [3]."""
     residual = _residual(image, scale)
     sample = residual[_quiet(image, _inner(measured, scale))]
@@ -88,14 +175,14 @@ def _array(values: Tensor) -> FloatArray:
     return array
 
 
-def _inner(measured: npt.NDArray[np.bool_], scale: int) -> npt.NDArray[np.bool_]:
+def _inner(measured: BoolArray, scale: int) -> BoolArray:
     """The pixels whose residual comes from measured ones alone."""
     from scipy import ndimage
 
     return ndimage.minimum_filter(measured, len(_kernel(scale)), mode="nearest")
 
 
-def _quiet(image: FloatArray, measured: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def _quiet(image: FloatArray, measured: BoolArray) -> BoolArray:
     """Those of the measured pixels around which the picture changes least."""
     from scipy import ndimage
 

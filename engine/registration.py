@@ -16,9 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .morphology import FloatArray
 from .types import InputError
-
-FloatArray = npt.NDArray[np.float32]
 
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
 """Rec. 709, on the coded values."""
