@@ -11,10 +11,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import check, demo, fill, mask, models, outpaint, paint
+from . import check, color, compare, crop, demo, fill, mask, models, outpaint, paint
 from .common import CommandError, Parser, Report, UsageError, help_formatter, version
 
-COMMANDS = (paint, outpaint, fill, mask, check, models, demo)
+COMMANDS = (paint, outpaint, fill, mask, crop, color, compare, check, models, demo)
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 EXAMPLES = """\
@@ -29,7 +29,7 @@ In a mask, white is what may change. Every pixel where it is black is kept bit f
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 a MendError, 2 wrong usage, 130 Ctrl-C."""
+    """Run one command and return its exit code: 0 done, 1 a MendError or limit, 2 wrong usage, 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
     as_json = "--json" in argv
     try:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
         raise
     _print(json.dumps(report) if as_json else arguments.show(report))
-    return 0
+    return 0 if report.get("passed", True) else EXIT_ERROR
 
 
 def _run(arguments: argparse.Namespace) -> Report:
