@@ -137,27 +137,27 @@ def _digest(picture: Tensor, patches: list[Patch]) -> str:
 
 
 def record_file(path: str | Path) -> Path:
-    """The JSON file of a record at ``path``: itself where it ends in .json, else FILE_NAME in that folder."""
+    """The JSON file of a record at ``path``: itself where it ends in .json or is a file, else FILE_NAME in it."""
     path = Path(path)
-    return path if path.suffix.lower() == ".json" else path / FILE_NAME
+    return path if path.suffix.lower() == ".json" or path.is_file() else path / FILE_NAME
 
 
-def save(record: CropRecord, path: str | Path) -> Path:
+def save(record: CropRecord, path: str | Path, *, force: bool = False) -> Path:
     """Write the record to a .json file or into a folder, its masks beside it, and return the JSON file.
 
-    Missing folders are made. The JSON appears last and complete. Raises InputError when a file of that name exists, and
-    for what the file system refuses.
+    Missing folders are made. The JSON appears last and complete. Existing files are replaced only with ``force``.
+    Raises InputError for them, and for what the file system refuses.
     """
     file = record_file(path)
     written: list[Path] = []
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists():
+        if file.exists() and not force:
             raise FileExistsError(file)
         names: dict[int, str] = {}
         for array, name in _arrays(record, file.stem):
             if id(array) not in names:
-                with file.with_name(name).open("xb") as target:
+                with file.with_name(name).open("wb" if force else "xb") as target:
                     written.append(file.with_name(name))
                     Image.fromarray(array).save(target, "PNG")
                 names[id(array)] = name
@@ -165,7 +165,7 @@ def save(record: CropRecord, path: str | Path) -> Path:
         temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
         written.append(temporary)
         temporary.write_text(content, encoding="utf-8")
-        temporary.rename(file)
+        temporary.replace(file)
     except FileExistsError as error:
         _remove(written)
         raise InputError(f"{file} or one of its masks exists already; choose another name.") from error
@@ -255,9 +255,9 @@ def _read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"There is no crop record {file}; check the name and the folder.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{file} is no crop record: it does not hold JSON.") from error
 
 
