@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from . import check, color, compare, crop, demo, fill, mask, models, outpaint, paint
 from .common import CommandError, Parser, Report, UsageError, help_formatter, version
 
-COMMANDS = (paint, outpaint, fill, mask, crop, crop, color, compare, check, models, demo)
+COMMANDS = (paint, outpaint, fill, mask, crop, color, compare, check, models, demo)
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 EXAMPLES = """\
