@@ -132,7 +132,7 @@ def prepare_masks(
     for index, source in enumerate(started):
         box = bounding_box(source)
         if box is not None:
-            box = _whole_cells(expand_box(box, math.floor(reach) + 1, height, width), downscale, height, width)
+            box = whole_cells(expand_box(box, math.floor(reach) + 1, height, width), downscale, height, width)
             array = source[box.rows, box.columns].detach().cpu().contiguous().numpy()
             for target, result in zip(prepared, _prepare_one(array, options, lengths, downscale), strict=True):
                 target[index, box.rows, box.columns] = torch.from_numpy(result).to(target)
@@ -231,7 +231,7 @@ def snap_to_grid(mask: Tensor, downscale: int = 8) -> Tensor:
     for source, target in zip(mask, result, strict=True):
         box = bounding_box(source)
         if box is not None:
-            box = _whole_cells(box, downscale, height, width)
+            box = whole_cells(box, downscale, height, width)
             array = source[box.rows, box.columns].detach().cpu().contiguous().numpy()
             target[box.rows, box.columns] = torch.from_numpy(_snap_to_grid(array, downscale)).to(target)
     return result
@@ -244,6 +244,16 @@ def expand_box(box: Box, margin: int, height: int, width: int) -> Box:
         max(box.top - margin, 0),
         min(box.right + margin, width),
         min(box.bottom + margin, height),
+    )
+
+
+def whole_cells(box: Box, side: int, height: int, width: int) -> Box:
+    """The smallest box of whole cells around ``box``, as far as the picture reaches."""
+    return Box(
+        box.left // side * side,
+        box.top // side * side,
+        min(-(-box.right // side) * side, width),
+        min(-(-box.bottom // side) * side, height),
     )
 
 
@@ -306,16 +316,6 @@ def _each(mask: Tensor, operation: Callable[[FloatArray], FloatArray], margin: f
             array = source[box.rows, box.columns].detach().cpu().contiguous().numpy()
             target[box.rows, box.columns] = torch.from_numpy(operation(array)).to(target)
     return result
-
-
-def _whole_cells(box: Box, side: int, height: int, width: int) -> Box:
-    """The smallest box of whole cells around ``box``, as far as the picture reaches."""
-    return Box(
-        box.left // side * side,
-        box.top // side * side,
-        min(-(-box.right // side) * side, width),
-        min(-(-box.bottom // side) * side, height),
-    )
 
 
 def _snap_to_grid(array: FloatArray, side: int) -> FloatArray:
