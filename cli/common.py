@@ -22,7 +22,8 @@ Report = dict[str, Any]
 """What a command did: the object that --json prints, and what the lines for people are made from."""
 
 # The engine's choices, spelled out because importing them takes seconds; a test keeps the two equal.
-FILLS = ("neutral", "edge", "blur", "telea", "navier-stokes", "patchmatch")
+NETWORK_FILLS = ("lama", "mat")
+FILLS = ("neutral", "edge", "mirror", "blur", "noise", "telea", "navier-stokes", "patchmatch", *NETWORK_FILLS)
 MASK_CHANNELS = ("luminance", "alpha")
 DTYPES = ("float32", "float16", "bfloat16")
 

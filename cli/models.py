@@ -23,6 +23,7 @@ examples:
   mend models
   mend models pull stable-diffusion-v1-5/stable-diffusion-inpainting
   MEND_MODELS=/data/models mend models
+  mend models convert big-lama.pt      # writes big-lama.safetensors beside it; runs nothing that is in the file
 
 Models are diffusers folders and single .safetensors files of Stable Diffusion 1 and 2. They are looked for in
 --models-dir, in the folders of MEND_MODELS, in ComfyUI's models folder (COMFYUI_PATH, else comfy-cli's workspace), and
@@ -30,25 +31,46 @@ in ./models; in a folder that has checkpoints/ or diffusers/ inside, only there.
 
 
 def add(commands: Commands) -> None:
-    parser = command(commands, "models", "[list | pull REPO]", "list the models at hand, or download one", EXAMPLES)
+    parser = command(
+        commands,
+        "models",
+        "[list | pull REPO | convert FILE]",
+        "list the models at hand, download or convert one",
+        EXAMPLES,
+    )
     parser.set_defaults(command=run, show=show_models, device=None, dtype=None)
     parser.add_argument(
-        "action", metavar="list | pull", nargs="?", choices=("list", "pull"), default="list", help="default: list"
+        "action",
+        metavar="list | pull | convert",
+        nargs="?",
+        choices=("list", "pull", "convert"),
+        default="list",
+        help="default: list",
     )
-    parser.add_argument("repo", metavar="REPO", nargs="?", help="what to pull from the hub, as OWNER/NAME")
+    parser.add_argument(
+        "repo",
+        metavar="REPO | FILE",
+        nargs="?",
+        help="what to pull from the hub, as OWNER/NAME; a .pt, .pth or .ckpt file to convert to .safetensors",
+    )
     parser.add_argument("--revision", metavar="NAME", help="a branch, tag or commit to pull")
-    parser.add_argument("--to", type=Path, metavar="DIR", help="where to put it (default: the first model folder)")
+    parser.add_argument(
+        "--to", type=Path, metavar="PATH", help="where to put it (default: the first model folder; beside FILE)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing file when converting")
     add_models_dir(parser)
 
 
 def run(arguments: argparse.Namespace) -> Report:
     if arguments.action == "list":
         return _list_models(arguments)
+    if not arguments.repo and arguments.action == "convert":
+        raise UsageError("name what to convert, for example: mend models convert big-lama.pt")
     if not arguments.repo:
         raise UsageError(
             "name what to pull, for example: mend models pull stable-diffusion-v1-5/stable-diffusion-inpainting"
         )
-    return _pull_model(arguments)
+    return _pull_model(arguments) if arguments.action == "pull" else _convert_model(arguments)
 
 
 def _list_models(arguments: argparse.Namespace) -> Report:
@@ -72,6 +94,18 @@ def _pull_model(arguments: argparse.Namespace) -> Report:
             revision=arguments.revision,
         )
     return {"path": str(pulled.path), "notices": list(pulled.notices), "timings": rounded(timings)}
+
+
+def _convert_model(arguments: argparse.Namespace) -> Report:
+    from ..engine.models.pickled_weights import convert_to_safetensors
+
+    source = Path(arguments.repo)
+    target = arguments.to or source.with_suffix(".safetensors")
+    if target.is_dir():
+        target = target / source.with_suffix(".safetensors").name
+    with clock("convert") as timings:
+        count = convert_to_safetensors(source, target, force=arguments.force)
+    return {"path": str(target), "tensors": count, "timings": rounded(timings)}
 
 
 def _download_folder(arguments: argparse.Namespace) -> Path:

@@ -10,3 +10,5 @@ SafetyCheckerType = io.Custom("MEND_SAFETY_CHECKER")
 """Carries an engine.safety.SafetyChecker."""
 CropType = io.Custom("MEND_CROP")
 """Carries an engine.crop_record.CropRecord."""
+FillModelType = io.Custom("MEND_FILL_MODEL")
+"""Carries a fill.LoadedFillModel."""

@@ -1,7 +1,12 @@
-"""MendFill: a hole filled without a model."""
+"""MendFill and MendLoadFillModel: a hole filled without a diffusion model."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import folder_paths
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -9,10 +14,91 @@ from ..engine import masks
 from ..engine.fill import MAX_RADIUS, FillMethod, fill
 from ..engine.images import pair
 from ..engine.masks import MAX_PIXELS
-from ..engine.types import MAX_SEED
-from .progress import image_progress
+from ..engine.models.fill_model import FOLDER, SUPPORTED, FillModel, find_fill_models, load_fill_model
+from ..engine.types import MAX_SEED, InputError, ModelFileError
+from .comfy_host import ComfyHost
+from .convert import FillModelType
+from .progress import part_progress
 
 METHODS = [method.value for method in FillMethod]
+NO_MODELS = "no fill model found"
+FOLDER_HINT = (
+    "put the file into models/inpaint and reload the page; LaMa is published as big-lama.pt (turn it into .safetensors"
+    " with `mend models convert`), MAT as MAT_Places512_G_fp16.safetensors"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedFillModel:
+    """What travels on a MEND_FILL_MODEL wire: a network that owns the patcher of its weights."""
+
+    network: FillModel
+    host: ComfyHost = field(default_factory=ComfyHost)
+
+    @property
+    def patcher(self) -> ModelPatcher | None:
+        """By it ComfyUI's cache knows an output that holds a model."""
+        return next(iter(self.host.patchers), None)
+
+    def get_models(self) -> list[ModelPatcher]:
+        """For ComfyUI, which keeps the models of the running prompt in fast memory."""
+        return self.host.patchers
+
+    def get_ram_usage(self) -> int:
+        """Bytes; the RAM-pressure cache of ComfyUI before 0.28 asks."""
+        return sum(patcher.model_size() for patcher in self.host.patchers)
+
+
+def find_models() -> dict[str, Path]:
+    """The files of models/inpaint; other packs and extra_model_paths.yaml may have said where that is."""
+    if FOLDER not in folder_paths.folder_names_and_paths:
+        folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+    return find_fill_models(ComfyHost())
+
+
+class MendLoadFillModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendLoadFillModel",
+            display_name="Load Fill Model (Mend)",
+            category="Mend",
+            description=(
+                f"Loads {SUPPORTED}, networks that remove objects and fill holes in one pass, from models/inpaint, for"
+                " Fill (Mend)."
+            ),
+            search_aliases=["lama", "big-lama", "mat", "load inpaint model", "object removal", "spandrel"],
+            inputs=[
+                io.Combo.Input(
+                    "fill_model",
+                    options=list(find_models()) or [NO_MODELS],
+                    tooltip=f"A file of models/inpaint. To add one, {FOLDER_HINT}.",
+                ),
+            ],
+            outputs=[FillModelType.Output("fill_model", tooltip="For Fill (Mend), with its method lama or mat.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, fill_model: str | None = None) -> bool | str:
+        found = find_models()
+        if fill_model is None or fill_model in found:
+            return True
+        if not found:
+            return f"No fill model found: {FOLDER_HINT}."
+        return f"There is no fill model {fill_model!r} in models/inpaint; choose one of {', '.join(list(found)[:5])}."
+
+    @classmethod
+    def fingerprint_inputs(cls, fill_model: str) -> str:
+        path = find_models().get(fill_model)
+        return "" if path is None else f"{path.stat().st_mtime_ns}:{path.stat().st_size}"
+
+    @classmethod
+    def execute(cls, fill_model: str) -> io.NodeOutput:
+        path = find_models().get(fill_model)
+        if path is None:
+            raise ModelFileError(f"{fill_model} is not there any more: choose another, or {FOLDER_HINT}.")
+        host = ComfyHost()
+        return io.NodeOutput(LoadedFillModel(load_fill_model(path, host), host))
 
 
 class MendFill(io.ComfyNode):
@@ -23,9 +109,9 @@ class MendFill(io.ComfyNode):
             display_name="Fill (Mend)",
             category="Mend",
             description=(
-                "Fills what the mask marks from its surroundings, without a model. PatchMatch removes objects by"
-                " copying fitting texture from elsewhere in the picture; the others make a start for an inpainting"
-                " model. Every pixel outside the mask stays exactly as it came."
+                "Fills what the mask marks from its surroundings, without a diffusion model. PatchMatch removes objects"
+                " by copying fitting texture from elsewhere in the picture, LaMa and MAT by networks made for it; the"
+                " others make a start for an inpainting model. Every pixel outside the mask stays exactly as it came."
             ),
             search_aliases=[
                 "remove object",
@@ -34,6 +120,9 @@ class MendFill(io.ComfyNode):
                 "content-aware fill",
                 "infill",
                 "patchmatch",
+                "lama",
+                "mat",
+                "mirror",
                 "telea",
                 "navier-stokes",
                 "cv2 inpaint",
@@ -53,9 +142,10 @@ class MendFill(io.ComfyNode):
                     options=METHODS,
                     default=FillMethod.PATCHMATCH.value,
                     tooltip=(
-                        "patchmatch: copies fitting texture, for removing objects. telea, navier-stokes: small spots"
-                        " and scratches. blur: colours flow in smoothly. edge: repeats the nearest pixels."
-                        " neutral: grey, for inpainting models."
+                        "patchmatch: copies fitting texture, for removing objects. lama, mat: a network does it, with"
+                        " fill_model connected. telea, navier-stokes: small spots and scratches. blur: colours flow in"
+                        " smoothly; noise: with the grain of the surroundings. mirror: the surroundings reflected."
+                        " edge: repeats the nearest pixels. neutral: grey, for inpainting models."
                     ),
                 ),
                 io.Int.Input(
@@ -86,8 +176,13 @@ class MendFill(io.ComfyNode):
                     max=MAX_SEED,
                     optional=True,
                     control_after_generate=False,
-                    tooltip="Another seed gives another patchmatch result; the same seed repeats it.",
+                    tooltip="Another seed gives another result of patchmatch, noise and mat; the same seed repeats it.",
                     advanced=True,
+                ),
+                FillModelType.Input(
+                    "fill_model",
+                    optional=True,
+                    tooltip="From Load Fill Model (Mend), for the methods lama and mat; the others work without.",
                 ),
             ],
             outputs=[io.Image.Output("image", tooltip="The picture with the masked area filled.")],
@@ -101,8 +196,18 @@ class MendFill(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, image: Tensor, mask: Tensor, method: str, radius: int = 0, grow: int = 0, seed: int = 0
+        cls,
+        image: Tensor,
+        mask: Tensor,
+        method: str,
+        radius: int = 0,
+        grow: int = 0,
+        seed: int = 0,
+        fill_model: LoadedFillModel | None = None,
     ) -> io.NodeOutput:
+        if fill_model is not None and not isinstance(fill_model, LoadedFillModel):
+            # the host checks links only; an API graph can hold anything
+            raise InputError(f"fill_model is {str(fill_model)[:80]!r}; connect Load Fill Model (Mend) to it.")
         image, mask = pair(image, mask)
         if grow > 0:
             mask = masks.grow(mask, grow)
@@ -112,9 +217,10 @@ class MendFill(io.ComfyNode):
             FillMethod(method),
             radius=radius or None,
             seed=seed,
-            on_image=image_progress("Filling"),
+            network=None if fill_model is None else fill_model.network,
+            on_progress=part_progress("Filling"),
         )
         return io.NodeOutput(filled)
 
 
-NODES = [MendFill]
+NODES: list[type[io.ComfyNode]] = [MendLoadFillModel, MendFill]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from ..engine.fill import OnProgress
 from ..engine.masks import OnImage
 from .comfy_host import ComfyProgress
+
+STEPS = 100
+"""Of the bar for each picture that reports its parts."""
 
 
 def image_progress(description: str) -> OnImage:
@@ -16,3 +20,15 @@ def image_progress(description: str) -> OnImage:
         bars[0].update(done)
 
     return on_image
+
+
+def part_progress(description: str) -> OnProgress:
+    """An ``on_progress`` that moves the node's bar within a picture too, and stops when the user asks for it."""
+    bars: list[ComfyProgress] = []
+
+    def on_progress(done: float, total: int) -> None:
+        if not bars:
+            bars.append(ComfyProgress(total * STEPS, description))
+        bars[0].update(round(done * STEPS))
+
+    return on_progress

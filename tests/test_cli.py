@@ -15,7 +15,7 @@ import torch
 from comfyui_mend import cli
 from comfyui_mend.cli import common, outpaint, paint
 from comfyui_mend.engine.files import MaskChannel, read_image, read_mask, read_parameters
-from comfyui_mend.engine.fill import FillMethod
+from comfyui_mend.engine.fill import NETWORKS, FillMethod
 from comfyui_mend.engine.host import LocalHost
 from comfyui_mend.engine.inpaint import inpaint
 from comfyui_mend.engine.models.load import load_model
@@ -218,7 +218,7 @@ def test_outpaint_pad_only_needs_no_model_and_writes_the_mask(mend, monkeypatch)
     assert torch.equal(read_image("p.png")[:, :, :256], read_image("coffee.png"))
 
 
-@pytest.mark.parametrize("method", common.FILLS)
+@pytest.mark.parametrize("method", [method for method in common.FILLS if method not in common.NETWORK_FILLS])
 def test_fill_changes_the_hole_alone(mend, method):
     assert mend("fill", "coffee.png", "mask.png", "--method", method, "-o", "x.png")[0] == 0
     assert outside("x.png") == 0
@@ -466,6 +466,7 @@ def test_the_choices_spelled_out_are_the_engines():
         (paint.COMPATS, Compat),
         (paint.BLENDS, Blend),
         (common.FILLS, FillMethod),
+        (common.NETWORK_FILLS, NETWORKS),
         (paint.SAFETY_ACTIONS, SafetyAction),
         (common.MASK_CHANNELS, MaskChannel),
         (outpaint.ANCHORS, Anchor),

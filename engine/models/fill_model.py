@@ -137,7 +137,7 @@ def _build(header: Header) -> Any:
         ) from error
     except (RuntimeError, KeyError, ValueError) as error:
         raise ModelFileError(
-            f"{name} looks like a fill model but its weights do not fit together ({_first_line(error)}); download it"
+            f"{name} looks like a fill model but its weights do not fit together ({_shortened(error)}); download it"
             " again."
         ) from error
     if not isinstance(descriptor, spandrel.MaskedImageModelDescriptor):
@@ -148,8 +148,8 @@ def _build(header: Header) -> Any:
     return descriptor
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+def _shortened(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _require_spandrel() -> Any:
