@@ -13,6 +13,7 @@ from enum import Enum
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,11 +35,13 @@ FLAT_LAB = 0.2
 """The same in Lab."""
 MAX_GAIN = 10.0
 """The most that a spread is stretched; beyond it noise becomes the picture."""
-KNOTS = 2**16
-"""Levels of a histogram above which it is thinned to so many even steps of rank, with straight lines between."""
+BINS = 2**16
+"""Of a histogram, from its least to its largest value: 8-bit levels and most floats have one each. Between their means
+straight lines leave no bands."""
 STRIP = 2**20
 """Pixels that are converted at once."""
 
+FloatArray = npt.NDArray[np.float64]
 Transfer = Callable[[Tensor], Tensor]
 """sRGB [N, 3] -> sRGB [N, 3]."""
 
@@ -352,8 +355,8 @@ def _fit_histogram(source: _Sample, target: _Sample) -> Transfer:
 
 
 def _quantile_curve(source: _Sample, target: _Sample, channel: int) -> Transfer:
-    """The increasing curve that gives ``source`` the distribution of ``target``, by straight lines between the values
-    that occur, and on beyond the outermost ones with slope 1."""
+    """The increasing curve that gives ``source`` the distribution of ``target``, by straight lines between the bins,
+    and on beyond the outermost ones with slope 1."""
     values, ranks = _ranks(source.colors[:, channel], source.weights)
     wanted_values, wanted_ranks = _ranks(target.colors[:, channel], target.weights)
     shifts = np.interp(ranks, wanted_ranks, wanted_values) - values
@@ -366,16 +369,15 @@ def _quantile_curve(source: _Sample, target: _Sample, channel: int) -> Transfer:
     return curve
 
 
-def _ranks(channel: Tensor, weights: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The values that occur, in order, and the share of the weight below the middle of each."""
-    ordered, order = channel.double().sort(stable=True)
-    values, first = np.unique(ordered.numpy(), return_index=True)
-    mass = np.add.reduceat(weights[order].double().numpy(), first)
-    ranks = (np.cumsum(mass) - mass / 2) / mass.sum()
-    if len(values) > KNOTS:
-        kept = np.unique(np.searchsorted(ranks, np.linspace(ranks[0], ranks[-1], KNOTS)))
-        values, ranks = values[kept], ranks[kept]
-    return values, ranks
+def _ranks(channel: Tensor, weights: Tensor) -> tuple[FloatArray, FloatArray]:
+    """The mean value of each bin that holds any, in order, and the share of the weight below its middle."""
+    values, counts = channel.double().numpy(), weights.double().numpy()
+    low = values.min()
+    bins = ((values - low) * ((BINS - 1) / (values.max() - low))).astype(np.int32)
+    mass = np.bincount(bins, counts)
+    held = mass > 0
+    mass, means = mass[held], np.bincount(bins, counts * values)[held] / mass[held]
+    return means, (np.cumsum(mass) - mass / 2) / mass.sum()
 
 
 def _moments(sample: _Sample) -> _Moments:
