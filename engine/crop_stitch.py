@@ -238,7 +238,8 @@ def _of_whole(picture: Size, options: CropOptions) -> CropPlan:
 
 def _cut(frames: _Frames, piece: _Piece, crop: Tensor, crop_mask: Tensor, patches: list[Patch]) -> None:
     """Write one crop [h, w, 3] and its mask [h, w], and note how it comes back."""
-    mask, stitch_mask = frames.sampler_mask(piece.picture), frames.stitch_masks(piece.picture)
+    mask = frames.sampler_mask(piece.picture)
+    stitch_mask = mask if frames.stitch_mask is None else frames.stitch_masks(piece.picture)
     if piece.region is not None:
         mask, stitch_mask = piece.region.own(mask), piece.region.own(stitch_mask)
     crop.copy_(piece.plan.cut(frames.pictures(piece.picture)[..., :3])[0])
