@@ -1,13 +1,15 @@
 # make demo   before / mask / after pictures of the main job, under demo-output/
 # make test   lint, types and every test
-# Both set up .venv first; PYTHON=python3.12 chooses the interpreter it is made from.
+# make sheet  fills, stitches, seams, masks, pads and colour matches to look at, under sheet-output/
+# make bench  exact figures and speeds beside every peer that is installed; ARGS="--custom-nodes DIR --only T8"
+# All set up .venv first; PYTHON=python3.12 chooses the interpreter it is made from.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sheet bench clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -27,6 +29,12 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest --cov --cov-report=term
 
+sheet: $(READY)
+	$(BIN)/python benchmarks/pixel_sheet.py
+
+bench: $(READY)
+	$(BIN)/python benchmarks/pixels.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) build dist *.egg-info demo-output sheet-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -24,6 +24,8 @@ from .contestant import Contestant, Edit, Sides
 
 AS_IT_IS = CropOptions(target=None)
 """Pixel for pixel."""
+NODE_DEFAULTS = MaskOptions(fill_holes=True, grow=8, feather=8)
+"""Of MendPrepareMask."""
 ALPHA_ONLY = StitchOptions(blend=Blend.LINEAR, color_match=0)
 """A probe of black and white would be matched in colour and measure that."""
 
@@ -43,10 +45,10 @@ class Mend(Contestant):
         return masks.fill_holes(mask)
 
     def prepare(self, mask: Tensor) -> Tensor:
-        return masks.prepare(mask, MaskOptions(fill_holes=True, grow=8, feather=8))
+        return masks.prepare_masks(mask, NODE_DEFAULTS).stitch
 
     def sampler_mask(self, mask: Tensor) -> Tensor:
-        return masks.to_latent_grid(mask, 8)
+        return masks.to_latent_grid(masks.prepare_masks(mask, MaskOptions()).sampler, 8)
 
     def match_color(self, target: Tensor, reference: Tensor, excluded: Tensor) -> Tensor:
         return match_around(target, reference, excluded)
