@@ -15,9 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .fill import FillMethod, FillNetwork, fill
+from .fill import FillMethod, FillNetwork, OnProgress, fill
 from .images import as_images, resize, size_of
-from .masks import OnImage
 from .types import MAX_SIDE, Box, InputError, Size, check_area, check_range
 
 MAX_PADDING = MAX_SIDE
@@ -316,12 +315,12 @@ def make_room(
     *,
     seed: int = 0,
     network: FillNetwork | None = None,
-    on_image: OnImage | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Padded:
     """``pad`` by what ``room`` asks for; ``Fitting.FIT`` scales the image first (antialiased bicubic)."""
     images = as_images(image)
     scaled, padding = room.place(size_of(images))
-    return pad(resize(images, scaled), padding, feather, method, seed=seed, network=network, on_image=on_image)
+    return pad(resize(images, scaled), padding, feather, method, seed=seed, network=network, on_progress=on_progress)
 
 
 def pad(
@@ -332,7 +331,7 @@ def pad(
     *,
     seed: int = 0,
     network: FillNetwork | None = None,
-    on_image: OnImage | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Padded:
     """The image [B, H, W, 3 or 4] on a larger canvas, the new area filled by ``method`` and masked.
 
@@ -355,7 +354,7 @@ def pad(
     mask = (1 - keep_rows[:, None] * keep_columns[None, :]).expand(len(images), -1, -1)
     if method is not FillMethod.EDGE and added != Padding():
         canvas = fill(
-            canvas, new_area(canvas_size, box).to(canvas), method, seed=seed, network=network, on_image=on_image
+            canvas, new_area(canvas_size, box).to(canvas), method, seed=seed, network=network, on_progress=on_progress
         )
     return Padded(canvas, mask.contiguous(), box, _feather_notices(box.size, added, feather))
 

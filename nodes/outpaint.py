@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..engine.fill import FillMethod
+from ..engine.fill import FillMethod, FillNetwork
 from ..engine.outpaint import (
     MAX_MULTIPLE,
     MAX_PADDING,
@@ -24,9 +24,10 @@ from ..engine.outpaint import (
 from ..engine.outpaint_steps import GrowthOptions, outpaint
 from ..engine.types import MAX_SIDE, Blend, InpaintRequest, InputError, Sigmas
 from .comfy_host import MendModel
-from .convert import ModelType
+from .convert import FillModelType, ModelType
+from .fill import LoadedFillModel
 from .inpaint import MendInpaint
-from .progress import image_progress
+from .progress import part_progress
 
 log = logging.getLogger("mend")
 
@@ -65,10 +66,27 @@ def fill_input(tooltip: str) -> io.Input:
         options=FILLS,
         default=FillMethod.EDGE.value,
         optional=True,
-        tooltip=f"{tooltip} edge: the border's pixels repeated. blur: its colours flowing outwards. patchmatch:"
-        " texture copied from the picture, often good as it is.",
+        tooltip=(
+            f"{tooltip} edge: the border's pixels repeated. mirror: the picture reflected. blur: its colours flowing"
+            " outwards. patchmatch: texture copied from the picture, often good as it is. lama, mat: need fill_model."
+        ),
         advanced=True,
     )
+
+
+def fill_model_input() -> io.Input:
+    return FillModelType.Input(
+        "fill_model", optional=True, tooltip="From Load Fill Model (Mend): for the fills lama and mat."
+    )
+
+
+def as_network(fill_model: LoadedFillModel | None) -> FillNetwork | None:
+    if fill_model is None:
+        return None
+    if not isinstance(fill_model, LoadedFillModel):
+        # the host checks links only; an API graph can hold anything
+        raise InputError(f"fill_model is {str(fill_model)[:80]!r}; connect Load Fill Model (Mend) to it.")
+    return fill_model.network
 
 
 def room_inputs() -> list[io.Input]:
@@ -196,6 +214,7 @@ class MendOutpaintPad(io.ComfyNode):
                 feather_input(),
                 fill_input("What the new area shows before it is painted."),
                 *room_inputs(),
+                fill_model_input(),
             ],
             outputs=[
                 io.Image.Output("image", tooltip="The picture on its larger canvas; its own pixels are untouched."),
@@ -230,9 +249,17 @@ class MendOutpaintPad(io.ComfyNode):
         anchor: str = Anchor.CENTER.value,
         fitting: str = Fitting.EXTEND.value,
         multiple: int = 1,
+        fill_model: LoadedFillModel | None = None,
     ) -> io.NodeOutput:
         room = as_room(left, top, right, bottom, unit, target, anchor, fitting, multiple)
-        padded = make_room(image, room, feather, FillMethod(fill), on_image=image_progress("Padding"))
+        padded = make_room(
+            image,
+            room,
+            feather,
+            FillMethod(fill),
+            network=as_network(fill_model),
+            on_progress=part_progress("Padding"),
+        )
         return io.NodeOutput(padded.image, padded.mask, padded.box.left, padded.box.top, ui=show(padded.notices))
 
 
@@ -297,6 +324,7 @@ class MendOutpaint(io.ComfyNode):
                     advanced=True,
                 ),
                 *(sampler[name] for name in SAMPLER_OPTIONS),
+                fill_model_input(),
             ],
             outputs=[
                 io.Image.Output("images", tooltip="The finished pictures."),
@@ -351,11 +379,18 @@ class MendOutpaint(io.ComfyNode):
         blend: str = Blend.AUTO.value,
         color_match: float = 1.0,
         grain: float = 0.0,
+        fill_model: LoadedFillModel | None = None,
     ) -> io.NodeOutput:
         if not isinstance(model, MendModel):
             # the host checks links only; an API graph can hold anything
             raise InputError(f"model is {str(model)[:80]!r}; connect Load Model (Mend) to it.")
-        options = GrowthOptions(growth=Length(growth), overlap=overlap, window=window, fill=FillMethod(fill))
+        options = GrowthOptions(
+            growth=Length(growth),
+            overlap=overlap,
+            window=window,
+            fill=FillMethod(fill),
+            network=as_network(fill_model),
+        )
         padded = make_room(image, as_room(left, top, right, bottom, unit, target, anchor, fitting, multiple), feather)
         request = InpaintRequest(
             image=padded.image,

@@ -122,6 +122,15 @@ def test_a_side_and_a_target_together_are_refused_in_one_sentence(client, photo)
     assert "left is 5 pixels and the target is 16:9" in run.error["exception_message"]
 
 
+def test_a_fill_without_its_network_says_what_to_connect(client, photo):
+    for fill_model, sentence in [
+        ({}, 'The fill method "lama" needs its network'),
+        ({"fill_model": "x"}, "fill_model is 'x'"),
+    ]:
+        run = client.run(pad(photo, left=5, fill="lama", **fill_model))
+        assert run.status == "error" and sentence in run.error["exception_message"]
+
+
 def test_outpaint_walks_to_its_target_and_returns_the_original(client, photo, model):
     target = {"target": "400x120", "anchor": "left", "overlap": 16}
     picture, mask, x, y, shown = result(client, outpaint(photo, **target))

@@ -1,5 +1,6 @@
 """Padding: the picture keeps its pixels, and the mask leads into it without a step."""
 
+import numpy as np
 import pytest
 import torch
 from comfyui_mend.engine.fill import NETWORKS, FillMethod, fill
@@ -18,6 +19,7 @@ from comfyui_mend.engine.outpaint import (
     to_multiple,
     to_size,
 )
+from comfyui_mend.engine.tiles import Window
 from comfyui_mend.engine.types import Box, InputError, Size
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -138,6 +140,23 @@ def test_any_fill_can_make_the_new_area_and_leaves_the_old(method):
     assert padded.image[:, new].min() >= 0.3
     assert padded.image[:, new].max() <= 0.7
     assert torch.equal(padded.mask, pad(image, Padding(12, 0, 9, 5), feather=8).mask)
+
+
+class Painter:
+    """A network that paints green."""
+
+    name, architecture, window = "green.safetensors", "LaMa", Window(1536 * 1024, 8)
+
+    def fill(self, pixels, hole, seed):
+        return np.broadcast_to(np.float32([0, 1, 0]), pixels.shape).copy()
+
+
+def test_a_network_fills_the_new_area_and_is_asked_for_where_it_is_missing():
+    padded = pad(picture(), Padding(left=10), method=FillMethod.LAMA, network=Painter())
+    assert torch.allclose(padded.image[:, :, :10], torch.tensor([0.0, 1.0, 0.0]), atol=1e-5)
+    assert torch.equal(padded.image[:, :, 10:], picture())
+    with pytest.raises(InputError, match='The fill method "lama" needs its network'):
+        pad(picture(), Padding(left=10), method=FillMethod.LAMA)
 
 
 def test_the_edge_fill_of_a_canvas_is_the_edge_fill_of_a_hole():
