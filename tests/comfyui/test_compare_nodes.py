@@ -5,8 +5,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderTiny
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from tiny import save_tiny_model
 from workspace import PromptRejectedError
+
+MODEL = "tiny-compare"
 
 
 def upload(client, name, picture):
@@ -31,6 +37,26 @@ def mask(client):
     drawn = Image.new("L", (200, 140), 0)
     ImageDraw.Draw(drawn).rectangle((60, 40, 139, 99), fill=255)
     return upload(client, "compare-mask.png", drawn)
+
+
+@pytest.fixture(scope="module")
+def vae(server):
+    """The small autoencoder that ComfyUI's VAELoader lists, with random weights."""
+    torch.manual_seed(0)
+    model = AutoencoderTiny()
+    folder = server.base / "models" / "vae_approx"
+    folder.mkdir(exist_ok=True)
+    # ComfyUI's decoder counts the clamp at its start as a layer
+    for part, first in (("encoder", 0), ("decoder", 1)):
+        names = {f"{int(layer) + first}.{rest}": tensor for layer, rest, tensor in _layers(model, part)}
+        save_file(names, folder / f"taesd_{part}.safetensors")
+    return "taesd"
+
+
+def _layers(model, part):
+    for name, tensor in getattr(model, part).layers.state_dict().items():
+        layer, rest = name.split(".", 1)
+        yield layer, rest, tensor
 
 
 def graph(picture, mask, pasted, **inputs):
@@ -101,6 +127,51 @@ def test_a_pasted_picture_passes_and_goes_through(client, picture, mask):
     heatmap = image_of(client, run, "heatmap").astype(int)
     assert heatmap.shape[0] > 140 and heatmap.shape[1] >= 480
     assert "outside max 0/255" in run.outputs["compare"]["text"][0]
+
+
+def test_a_vae_round_trip_fails_until_it_is_pasted_back_and_mends_result_passes(server, client, picture, mask, vae):
+    def through(after):
+        nodes = graph(picture, mask, pasted=True, after=after)
+        nodes["vae"] = {"class_type": "VAELoader", "inputs": {"vae_name": vae}}
+        nodes["encode"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["load", 0], "vae": ["vae", 0]}}
+        nodes["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": ["encode", 0], "vae": ["vae", 0]}}
+        # a latent has whole cells of 8 pixels
+        nodes["edit"] = {
+            "class_type": "ImageScale",
+            "inputs": {
+                "image": ["decode", 0],
+                "upscale_method": "bicubic",
+                "width": 200,
+                "height": 140,
+                "crop": "disabled",
+            },
+        }
+        return client.run(nodes)
+
+    run = through(["edit", 0])
+    assert run.status == "error" and "(100.0%) changed" in run.error["exception_message"]
+    assert through(["paste", 0]).status == "success"
+
+    save_tiny_model(server.base / "models" / "diffusers" / MODEL)
+    nodes = graph(picture, mask, pasted=True, after=["inpaint", 0])
+    nodes["model"] = {"class_type": "MendLoadModel", "inputs": {"model": MODEL}}
+    nodes["inpaint"] = {
+        "class_type": "MendInpaint",
+        "inputs": {
+            "model": ["model", 0],
+            "image": ["load", 0],
+            "mask": ["mask", 0],
+            "prompt": "",
+            "negative_prompt": "",
+            "scheduler": "DDIM",
+            "steps": 2,
+            "guidance_scale": 1.0,
+            "strength": 1.0,
+            "seed": 0,
+        },
+    }
+    run = client.run(nodes)
+    assert run.status == "success", run.error
 
 
 def test_it_ends_a_graph_by_itself_and_a_warning_lets_the_run_go_on(client, picture, mask):
