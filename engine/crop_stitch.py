@@ -263,6 +263,8 @@ def _reports(batches: Sequence[Sequence[_Piece]], record: CropRecord) -> tuple[s
         box, extent = piece.plan.box, piece.plan.extent
         how = f"scaled by {piece.plan.scaled.width / extent.width:.3g}" if piece.plan.resamples else "pixel for pixel"
         where = f"{box.size} at ({box.left}, {box.top}) of {record.size}"
+        if piece.plan.outside is not None:
+            where += f", extended to {extent} by {piece.plan.outside.fill.value}"
         note = ", which has an empty mask and will come back as it is" if piece.empty else ""
         lines.append(f"picture {piece.picture + 1}: {where} -> {piece.plan.canvas}, {how}{note}")
     return tuple(lines)

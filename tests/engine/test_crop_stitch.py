@@ -393,5 +393,7 @@ def test_the_report_says_what_was_cut():
     mask = square(box=Box(400, 300, 600, 500), height=1000, width=1000)
     report = crop_to_mask(photo(height=1000, width=1000), mask, CropOptions(target=Sizes(SDXL_SIZES))).reports
     assert report == ("picture 1: 512x512 at (244, 144) of 1000x1000 -> 1024x1024, scaled by 2",)
+    extended = crop_to_mask(photo(), square(), CropOptions(target=None, overflow="extend", fill="blur")).reports
+    assert "120x90 at (0, 0) of 120x90, extended to 512x512 by blur" in extended[0]
     empty = crop_to_mask(photo(), torch.zeros(1, 90, 120), SMALL).reports
     assert "empty mask" in empty[0]
