@@ -262,6 +262,10 @@ def t8(bench: Bench) -> list[Row]:
     def row(what: str, within: float, task: Callable[[Contestant], object], bench: Bench = peers) -> Row:
         return Row("T8", what, bench.seconds(task), within=within, unit="s")
 
+    tinted = (canvas * 0.9 + 0.02).clamp(0, 1)
+    middle = bench.side(2048) // 2 - bench.side(300), bench.side(2048) // 2 + bench.side(300)
+    hole = box_mask(*canvas.shape[1:3], slice(*middle), slice(*middle))
+
     return [
         row(f"fill holes, {side}", 0.5, lambda c: c.fill_holes(blob)),
         row("fill holes, mask with a hole all over", 0.5, lambda c: c.fill_holes(span), ours),
@@ -278,6 +282,8 @@ def t8(bench: Bench) -> list[Row]:
             0.3,
             lambda c: c.pad(canvas, Sides(pad, pad, pad, pad), feather),
         ),
+        row(f"match colour, {bench.side(2048)}", 1.0, lambda c: c.match_color(tinted, canvas, hole)),
+        row(f"join a patch, {bench.side(2048)}", 2.0, lambda c: c.join(canvas, tinted, hole, feather=16)),
     ]
 
 

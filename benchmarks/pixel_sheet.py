@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from comfyui_mend.benchmarks.measures import seam_ratio
+from comfyui_mend.benchmarks.measures import SeamGauge
 from comfyui_mend.benchmarks.pixel_cases import lossy, patched, seam_masks
 from comfyui_mend.contact_sheet import FAINT, INK, LINE, MARGIN, PAPER
 from comfyui_mend.engine.color import ApplyTo, ColorMatch, match_around
@@ -23,7 +23,9 @@ from comfyui_mend.engine.compare import compare
 from comfyui_mend.engine.fill import FillMethod, fill
 from comfyui_mend.engine.heatmap import heatmaps
 from comfyui_mend.engine.images import to_bytes
-from comfyui_mend.engine.masks import MaskOptions, feather, fill_holes, grow, prepare, to_latent_grid
+from comfyui_mend.engine.mask_report import mask_report, preview
+from comfyui_mend.engine.masks import FeatherSide, MaskOptions, feather, fill_holes, grow, prepare, prepare_masks
+from comfyui_mend.engine.morphology import Shape
 from comfyui_mend.engine.outpaint import Padding, pad
 from comfyui_mend.engine.registration import Shift, apply_shift
 from comfyui_mend.engine.stitch import Blend, StitchOptions, stitch
@@ -154,15 +156,17 @@ def _stitched(name: str, kind: str, soft: int, place: str) -> Section:
     user = seam_masks(picture)[1]
     mask = feather(user, soft)
     painted = patched(picture, user, kind, soft, everywhere=place == "everywhere")
-    panels = [Panel("painted", painted[0])]
-    zoom = rim(user)
-    for blend in (Blend.LINEAR, Blend.MULTIBAND, Blend.POISSON, Blend.AUTO):
-        joined = stitch(picture, painted, mask, StitchOptions(blend=blend))
-        ratio = seam_ratio(joined.images[0], user[0]) / seam_ratio(picture[0], user[0])
-        panels.append(Panel(f"{blend.value}: seam {ratio:.2f}", exaggerated(joined.images, picture)[0]))
-        panels.append(Panel("at the edge", joined.images[0], zoom))
-    title = f"Stitch: {name}, {kind} {place}, {f'{soft} px soft' if soft else 'hard'} mask; the differences x 8"
-    return Section(title, panels)
+    panels = []
+    gauge, zoom = SeamGauge(user[0]), rim(user)
+    plain = StitchOptions(blend=Blend.LINEAR, color_match=0)
+    for label, options in {"pasted as it is": plain, **{b.value: StitchOptions(blend=b) for b in Blend}}.items():
+        joined = stitch(picture, painted, mask, options).images
+        ratio = gauge.ratio(joined[0]) / gauge.ratio(picture[0])
+        shown = exaggerated(joined, picture)[0]
+        panels.append(Panel(f"{label}: seam {ratio:.2f}", shown))
+        panels.append(Panel("its edge", shown, zoom))
+    edge = f"{soft} px soft" if soft else "hard"
+    return Section(f"Stitch: {name}, {kind} {place}, {edge} mask; differences from the original x 8", panels)
 
 
 def exaggerated(result: Tensor, original: Tensor, factor: float = 8) -> Tensor:
@@ -211,7 +215,7 @@ def details() -> Iterator[Section]:
 
 
 def mask_steps() -> Iterator[Section]:
-    picture = photo("cat")
+    picture = photo("chelsea")
     mask = blob(picture, (0.35, 0.45, 0.12, 0.2), (0.97, 0.1, 0.1, 0.15))
     mask[:, 100:103, 200:400] = 1
     mask[:, 120:150, 130:160] = 0
@@ -219,18 +223,28 @@ def mask_steps() -> Iterator[Section]:
         "painted": mask,
         "holes filled": fill_holes(mask),
         "grown 12": grow(mask, 12),
+        "grown 12, square": grow(mask, 12, Shape.SQUARE),
         "shrunk 6": grow(mask, -6),
-        "feathered 24": feather(mask, 24),
-        "prepared": prepare(mask, MaskOptions(fill_holes=True, grow=8, feather=8)),
+        "opened 4": prepare(mask, MaskOptions(open=4)),
+        "closed 20": prepare(mask, MaskOptions(close=20)),
+        "largest island": prepare(mask, MaskOptions(keep_largest=True)),
+        **{f"feathered 24, {side.value}": feather(mask, 24, side) for side in FeatherSide},
     }
-    yield Section("Masks: cat", [Panel(name, masked(picture, step)[0]) for name, step in steps.items()])
-    side = tuple(size // 8 * 8 for size in mask.shape[1:])
-    cells = to_latent_grid(mask[:, : side[0], : side[1]], 8)
-    on_grid = F.interpolate(cells, scale_factor=8)[:, 0]
-    panels = [Panel("latent cells", masked(picture[:, : side[0], : side[1]], on_grid)[0])]
-    for name in ("feathered 24", "prepared"):
-        panels.append(Panel(f"{name}, magnified", grey(steps[name])[0], rim(mask)))
-    yield Section("Masks: what the sampler and the stitch see", panels)
+    yield Section("Masks: chelsea", [Panel(name, masked(picture, step)[0]) for name, step in steps.items()])
+    prepared = prepare_masks(mask, MaskOptions(fill_holes=True, grow=8, feather=8))
+    three = zip(("the user's", "the sampler's", "the stitch mask"), prepared, strict=True)
+    panels = [panel for name, one in three for panel in _mask_panels(name, picture, one, rim(mask))]
+    yield Section("Masks: the three that leave the preparation", panels)
+    strokes = torch.zeros_like(mask)
+    for index in range(12):
+        strokes[:, 20 + 22 * index : 21 + 22 * index + index // 3, 30 + 9 * index : 300] = 1
+    previews = [preview(picture, one, [mask_report(one)])[0] for one in (mask, feather(mask, 24), strokes)]
+    panels = [Panel(name, one) for name, one in zip(("painted", "feathered", "thin strokes"), previews, strict=True)]
+    yield Section("Masks: previews", panels, height=480)
+
+
+def _mask_panels(name: str, picture: Tensor, mask: Tensor, zoom: Box) -> list[Panel]:
+    return [Panel(name, masked(picture, mask)[0]), Panel("magnified", grey(mask)[0], zoom)]
 
 
 def outpaints() -> Iterator[Section]:
