@@ -129,14 +129,14 @@ class _Level:
             weight = _weight(cell, tile, self.window.overlap)
             wanted = self.hole[view] & (~done[view] | (weight > 0))
             part = None if guide is None else guide[_half(tile.rows), _half(tile.columns)]
-            filled = _guided(result[view], wanted, filler, part)
+            filled = _guided(result[view], self.hole[view], wanted, filler, part)
             share = wanted * np.where(done[view], weight, weight > 0)
             result[view] += (filled - result[view]) * share[..., None]
             done[cell.rows, cell.columns] |= self.hole[cell.rows, cell.columns]
         return result
 
 
-def _guided(pixels: FloatArray, wanted: Hole, filler: Filler, guide: FloatArray | None) -> FloatArray:
+def _guided(pixels: FloatArray, hole: Hole, wanted: Hole, filler: Filler, guide: FloatArray | None) -> FloatArray:
     """The pixels with what is wanted filled, and moved so that its means over 2 by 2 pixels are the guide's."""
     if guide is not None and wanted.all():
         return enlarge(guide, 2)
@@ -145,9 +145,9 @@ def _guided(pixels: FloatArray, wanted: Hole, filler: Filler, guide: FloatArray 
         return filled
     means, _ = average(filled, np.ones_like(wanted), 2)
     # where something is known in a cell, the guide's mean is of that alone
-    _, share = average(filled, wanted, 2)
-    moved = filled + enlarge(np.where(share[..., None] == 1, guide - means, 0).astype(np.float32), 2)
-    return np.clip(moved, 0, 1)
+    _, share = average(filled, hole, 2)
+    correction = np.where(share[..., None] == 1, guide - means, 0).astype(np.float32)
+    return np.clip(filled + enlarge(correction, 2), 0, 1)
 
 
 def _fitted(pixels: FloatArray, hole: Hole, filler: Filler, window: Window) -> FloatArray:
