@@ -186,9 +186,14 @@ def _quiet(image: FloatArray, measured: BoolArray) -> BoolArray:
     """Those of the measured pixels around which the picture changes least."""
     from scipy import ndimage
 
-    blurred = ndimage.gaussian_filter(image.mean(axis=-1), CONTRAST_BLUR, mode="nearest")
-    if min(blurred.shape) < 2 or not measured.any():
+    if min(measured.shape) < 2 or not measured.any():
         return measured
+    weight = measured.astype(np.float32)
+    blurred, share = (
+        ndimage.gaussian_filter(values, CONTRAST_BLUR, mode="nearest")
+        for values in (image.mean(axis=-1) * weight, weight)
+    )
+    blurred /= np.maximum(share, np.float32(1e-6))
     rows, columns = np.gradient(blurred)
     contrast = rows**2 + columns**2
     return measured & (contrast <= np.quantile(contrast[measured], QUIET_SHARE))
