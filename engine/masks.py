@@ -267,8 +267,8 @@ def to_pixels(name: str, length: float, unit: Unit, size: Size) -> float:
     pixels = length / 100 * max(size)
     if abs(pixels) > MAX_PIXELS:
         raise InputError(
-            f"{name} is {length:g} % of {size}, {round(pixels)} pixels; at most {MAX_PIXELS} can be worked with, which"
-            f" is {MAX_PIXELS / max(size):.3%} here."
+            f"{name} is {length:g} % of {size}, {round(pixels)} pixels; give at most {MAX_PIXELS} pixels, which are"
+            f" {100 * MAX_PIXELS / max(size):.3g} % here."
         )
     return pixels
 
