@@ -125,7 +125,7 @@ def fill(
 
     PatchMatch computes the hole at 8 bits, and so do Telea and Navier-Stokes where OpenCV does them; where it is not
     installed ``marching`` does, and the hole differs slightly. What is too large for PatchMatch or a network is filled
-    coarse to fine: see ``patchmatch`` and ``tiles``.
+    at a lower resolution, then in detail, or in tiles: see ``detail`` and ``tiles``.
 
     Raises InputError when the mask leaves nothing to fill from and when the network is missing or another one, and
     MissingPackageError.
@@ -344,7 +344,7 @@ def _fill_network(pixels: FloatArray, hole: Hole, options: _Options) -> FloatArr
     def filler(picture: FloatArray, wanted: Hole) -> FloatArray:
         return network.fill(picture, wanted, options.seed)
 
-    return fill_tiled(pixels, hole, filler, network.window, options.check)
+    return fill_tiled(pixels, hole, filler, network.window, seed=options.seed, check=options.check)
 
 
 _FILLERS: dict[FillMethod, Callable[[FloatArray, Hole, _Options], FloatArray]] = {

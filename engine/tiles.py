@@ -1,23 +1,21 @@
-"""Holes of any size, for what can only fill small pictures well: coarse to fine, tile by tile.
+"""Holes of any size, for what fills small pictures well.
 
 Networks that fill holes were trained on small pictures: beyond them they run out of memory, and out of what they can
-see across the hole. So what is too large is filled at half the resolution first, and so on. At its own resolution it is
-then filled in overlapping tiles, from the rim inwards, and what comes out is moved to agree with the coarse result at
-half the resolution, which lays down structure and tone. R. Kulshreshtha et al., Feature Refinement to Improve High
-Resolution Image Inpainting (2022) demand the same agreement from the network's features, by optimisation; here it is
-one step of back-projection (M. Irani, S. Peleg, Improving Resolution by Image Registration, 1991) on its pixels.
+see across the hole. So a picture that is too large is filled tile by tile where the hole is shallow, as scratches and
+letters are, and each tile still sees both of its sides. A deep hole is filled at half the resolution, and so on, which
+lays down structure and tone, and then in detail.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from .detail import fill_reduced
 from .masks import FloatArray
-from .pull_push import Hole, average, enlarge
+from .pull_push import Hole
 from .types import Box
 
 TILE = 512
@@ -42,7 +40,7 @@ class Window:
 
     @property
     def tile(self) -> int:
-        """The side of a tile; an even number."""
+        """The side of a tile."""
         return self.square or TILE
 
     @property
@@ -57,7 +55,7 @@ class Window:
 
     @property
     def shallow(self) -> float:
-        """Holes that are nowhere deeper see their surroundings in each tile, and need no coarse result."""
+        """Holes that are nowhere deeper show each tile what is on both of their sides."""
         return self.tile / 4
 
     def holds(self, hole: Hole) -> bool:
@@ -69,85 +67,52 @@ class Window:
         return (self.square or -(-length // self.multiple) * self.multiple) - length
 
 
-def fill_tiled(pixels: FloatArray, hole: Hole, filler: Filler, window: Window, check: Check) -> FloatArray:
+def fill_tiled(
+    pixels: FloatArray, hole: Hole, filler: Filler, window: Window, *, seed: int = 0, check: Check
+) -> FloatArray:
     """The pixels [H, W, 3] with the hole [H, W] filled by ``filler``, whatever their size; the rest bit for bit.
 
-    What is under the hole is never looked at.
+    What is under the hole is never looked at. ``seed`` decides where detail is looked for.
     """
     if not hole.any():
         return pixels
-    levels = [_Level(np.where(hole[..., None], np.float32(0), pixels), hole, window)]
-    while not levels[-1].fits and levels[-1].depth.max() > window.shallow:
-        levels.append(levels[-1].halved())
-    passes, done = sum(len(level.cells) for level in levels), 0
+    check(0)
+    visible = np.where(hole[..., None], np.float32(0), pixels)
 
-    def counted(pixels: FloatArray, hole: Hole) -> FloatArray:
-        nonlocal done
-        check(done / passes)
-        done += 1
-        return _fitted(pixels, hole, filler, window)
+    def fill(picture: FloatArray, wanted: Hole) -> FloatArray:
+        return _fitted(picture, wanted, filler, window)
 
-    filled = None
-    for level in reversed(levels):
-        filled = level.fill(counted, filled)
-    height, width = hole.shape
-    assert filled is not None
-    return np.where(hole[..., None], filled[:height, :width], pixels)
+    if window.holds(hole):
+        filled = fill(visible, hole)
+    elif (depth := _depth(hole)).max() <= window.shallow:
+        filled = _fill_by_tiles(visible, hole, depth, fill, window, check)
+    else:
 
+        def fill_halved(picture: FloatArray, wanted: Hole) -> FloatArray:
+            return fill_tiled(picture, wanted, filler, window, seed=seed, check=lambda share: check(share / 2))
 
-class _Level:
-    """The picture at one resolution: as it is where it fits the window, else with even sides, in cells."""
-
-    def __init__(self, pixels: FloatArray, hole: Hole, window: Window) -> None:
-        self.window = window
-        self.fits = window.holds(hole)
-        self.pixels: FloatArray = pixels if self.fits else _even(pixels)
-        self.hole: Hole = hole if self.fits else _even(hole)
-        self.depth = _depth(self.hole)
-        # the shallow first: each tile then borders on something that is known or filled
-        self.cells = (
-            [Box(0, 0, hole.shape[1], hole.shape[0])]
-            if self.fits
-            else sorted(
-                _cells(self.hole, window.cell), key=lambda cell: float(self.depth[cell.rows, cell.columns].max())
-            )
-        )
-
-    def halved(self) -> _Level:
-        """At half the resolution; only what has no known pixel is a hole there."""
-        reduced, known = average(self.pixels, ~self.hole, 2)
-        return _Level(reduced, known == 0, self.window)
-
-    def fill(self, filler: Filler, guide: FloatArray | None) -> FloatArray:
-        """``guide``: the result at half the resolution, where there is one."""
-        if self.fits:
-            return filler(self.pixels, self.hole)
-        result, done = self.pixels.copy(), np.zeros_like(self.hole)
-        for cell in self.cells:
-            tile = _tile_around(cell, self.hole, self.window)
-            view = (tile.rows, tile.columns)
-            weight = _weight(cell, tile, self.window.overlap)
-            wanted = self.hole[view] & (~done[view] | (weight > 0))
-            part = None if guide is None else guide[_half(tile.rows), _half(tile.columns)]
-            filled = _guided(result[view], self.hole[view], wanted, filler, part)
-            share = wanted * np.where(done[view], weight, weight > 0)
-            result[view] += (filled - result[view]) * share[..., None]
-            done[cell.rows, cell.columns] |= self.hole[cell.rows, cell.columns]
-        return result
+        filled = fill_reduced(visible, hole, 2, fill_halved, seed, lambda: check(0.5))
+    return np.where(hole[..., None], filled, pixels)
 
 
-def _guided(pixels: FloatArray, hole: Hole, wanted: Hole, filler: Filler, guide: FloatArray | None) -> FloatArray:
-    """The pixels with what is wanted filled, and moved so that its means over 2 by 2 pixels are the guide's."""
-    if guide is not None and wanted.all():
-        return enlarge(guide, 2)
-    filled = np.where(wanted[..., None], filler(pixels, wanted), pixels)
-    if guide is None:
-        return filled
-    means, _ = average(filled, np.ones_like(wanted), 2)
-    # where something is known in a cell, the guide's mean is of that alone
-    _, share = average(filled, hole, 2)
-    correction = np.where(share[..., None] == 1, guide - means, 0).astype(np.float32)
-    return np.clip(filled + enlarge(correction, 2), 0, 1)
+def _fill_by_tiles(
+    pixels: FloatArray, hole: Hole, depth: FloatArray, filler: Filler, window: Window, check: Check
+) -> FloatArray:
+    result, done = pixels.copy(), np.zeros_like(hole)
+    # the shallow first: each tile then borders on what is known or filled
+    cells = sorted(_cells(hole, window.cell), key=lambda cell: float(depth[cell.rows, cell.columns].max()))
+    for index, cell in enumerate(cells):
+        check(index / len(cells))
+        tile = _tile_around(cell, hole, window)
+        view = (tile.rows, tile.columns)
+        weight = _weight(cell, tile, window.overlap)
+        wanted = hole[view] & (~done[view] | (weight > 0))
+        filled = filler(result[view], wanted)
+        # what was filled before fades into it
+        share = wanted * np.where(done[view], weight, weight > 0)
+        result[view] += (filled - result[view]) * share[..., None]
+        done[cell.rows, cell.columns] |= hole[cell.rows, cell.columns]
+    return result
 
 
 def _fitted(pixels: FloatArray, hole: Hole, filler: Filler, window: Window) -> FloatArray:
@@ -169,7 +134,7 @@ def _cells(hole: Hole, side: int) -> Iterator[Box]:
 
 
 def _tile_around(cell: Box, hole: Hole, window: Window) -> Box:
-    """A tile with the cell in its middle, as far as the picture lets it; its corners are at even places."""
+    """A tile with the cell in its middle, as far as the picture lets it."""
     height, width = hole.shape
     side, margin = window.tile, (window.tile - window.cell) // 2
     left = max(min(cell.left - margin, width - side), 0)
@@ -188,16 +153,6 @@ def _ramp(start: int, stop: int, first: int, last: int, overlap: int) -> FloatAr
     place = np.arange(start, stop)
     away = np.maximum(np.maximum(first - place, place - (last - 1)), 0)
     return np.maximum(1 - away / np.float32(overlap), 0).astype(np.float32)
-
-
-def _even(array: Any) -> Any:
-    """A row and a column more where their number is odd."""
-    border = ((0, array.shape[0] % 2), (0, array.shape[1] % 2), (0, 0))
-    return np.pad(array, border[: array.ndim], mode="symmetric")
-
-
-def _half(span: slice) -> slice:
-    return slice(span.start // 2, span.stop // 2)
 
 
 def _depth(hole: Hole) -> FloatArray:
