@@ -113,12 +113,12 @@ def _disk_rows(radius: float) -> Iterator[tuple[int, int]]:
 
 
 def _dilate_square(array: Array, radius: int) -> Array:
-    """One axis after the other, the span tripled with each step."""
+    """One axis after the other, the span doubled with each step."""
     result = array.copy()
     for axis in (0, 1):
-        reach = 0
-        while reach < radius:
-            shift = min(2 * reach + 1, radius - reach)
+        reach, furthest = 0, min(radius, array.shape[axis] - 1)
+        while reach < furthest:
+            shift = min(reach + 1, furthest - reach)
             _raise_to_shifted(result, result.copy(), shift, axis)
             reach += shift
     return result
