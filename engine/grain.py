@@ -1,7 +1,7 @@
 """Grain: how much of it a picture has, and more of the same.
 
-The grain of photographs has a grain size, and a decoder smooths the finest away first. So it is measured at two scales,
-and what is missing is made of three noises: white, and white that is blurred a little and a little more.
+The grain of photographs has a grain size: it is white noise that the sensor's filters, a lens or a compression blurred.
+Measured at two scales it has a strength and a blur, and what is missing is made as such.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from .types import InputError
 
 SCALES = 2
 """Pixels, and blocks of 2 x 2, are compared with their neighbours; larger ones would take texture for grain."""
-BLURS = (0.0, 0.7, 1.2)
-"""Standard deviations, in pixels, of the blur of the noises that grain is made of."""
+MAX_BLUR = 1.0
+"""Standard deviation, in pixels, of the most blurred grain that is made: what looks coarser is mostly texture."""
 LEAST_PIXELS = 64
 """Fewer measured pixels than this say nothing."""
-QUIET_SHARE = 0.5
+QUIET_SHARE = 0.25
 """The share of the pixels, those with the least contrast around them, that is measured."""
 CONTRAST_BLUR = 2.0
 LOCAL = 6.0
 """Standard deviation, in pixels, of the surroundings in which the painted part's own grain counts."""
 NORMAL_MEDIAN = 0.6745
 """The median of |x| for a normal x of standard deviation 1."""
-PERIOD = 128
-"""Frequencies a side on which filters are integrated."""
+SUPPORT = 33
+"""Pixels that hold the taps of the widest blur."""
 
 
 def grain_level(images: Tensor, weight: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def grain_level(images: Tensor, weight: Tensor) -> Tensor:
     half: [B, 3], 0 where fewer than LEAST_PIXELS can be measured.
 
     Immerkaer, Fast noise variance estimation (1996), with two changes that keep edges out: the median absolute
-    deviation stands for the mean (Donoho 1995), and only the quieter half of the pixels is measured, as told by the
+    deviation stands for the mean (Donoho 1995), and only the quietest quarter of the pixels is measured, as told by the
     gradient of the blurred picture (after Tai and Yang 2008). White noise gives its own standard deviation; noise that
     a decoder or a lens has blurred gives less.
     """
@@ -85,38 +85,36 @@ def _measurable(measured: BoolArray) -> bool:
 
 
 def _noise(variances: FloatArray, shared: float, shape: tuple[int, ...], generator: torch.Generator) -> FloatArray:
-    """[H, W, 3]: noise with the ``variances`` [SCALES, 3] of residuals, of which a share is common to the channels."""
-    from scipy import ndimage, optimize
+    """[H, W, 3]: blurred noise with the ``variances`` [SCALES, 3] of residuals, a share of it common to the channels.
 
-    responses = _responses()
-    # relative to what is wanted, so that the faint fine grain counts as much as the strong coarse one
-    shares = 1 / np.maximum(variances.T.astype(np.float64), 1e-12)
-    strengths = np.stack(
-        [
-            optimize.nnls(responses * share[:, None], (variance * share).astype(np.float64))[0]
-            for variance, share in zip(variances.T, shares, strict=True)
-        ],
-        axis=1,
-    )
-    result = np.zeros((*shape, 3), np.float32)
-    for blur, strength in zip(BLURS, np.sqrt(strengths), strict=True):
-        white = torch.randn((*shape, 4), generator=generator).numpy()
-        blurred = ndimage.gaussian_filter(white, (blur, blur, 0), mode="reflect") if blur else white
-        mixed = math.sqrt(shared) * blurred[..., 3:] + math.sqrt(1 - shared) * blurred[..., :3]
-        result += (strength * mixed).astype(np.float32)
-    return result
+    The blur is the channels' common one; the strength is each channel's own, and right at the finest scale.
+    """
+    from scipy import ndimage
+
+    blurs, responses = _responses()
+    coarseness = float(variances[1].sum() / variances[0].sum())
+    blur = float(np.interp(coarseness, responses[:, 1] / responses[:, 0], blurs))
+    response = float(np.interp(blur, blurs, responses[:, 0]))
+    white = torch.randn((*shape, 4), generator=generator).numpy()
+    blurred = ndimage.gaussian_filter(white, (blur, blur, 0), mode="reflect") if blur > blurs[1] / 2 else white
+    mixed = math.sqrt(shared) * blurred[..., 3:] + math.sqrt(1 - shared) * blurred[..., :3]
+    return (np.sqrt(variances[0] / response) * mixed).astype(np.float32)
 
 
 @lru_cache
-def _responses() -> npt.NDArray[np.float64]:
-    """[SCALES, noises]: the variance of the residual at each scale of each noise with unit white noise behind it.
+def _responses() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Blurs [N] in pixels, and [N, SCALES]: the variance of the residual of white noise with that blur.
 
-    The integral of both filters' power over all frequencies; they are separable, so it is that along one axis, squared.
+    The sum of squares of the taps of both filters together; they are separable, so that along one axis, squared.
     """
-    frequencies = np.fft.fftfreq(PERIOD)
-    noises = [np.exp(-((2 * np.pi * frequencies * blur) ** 2)) for blur in BLURS]
-    residuals = [np.abs(np.fft.fft(_kernel(scale), PERIOD)) ** 2 for scale in range(SCALES)]
-    return np.array([[np.mean(residual * noise) ** 2 for noise in noises] for residual in residuals])
+    from scipy import ndimage
+
+    blurs = np.linspace(0, MAX_BLUR, 41)
+    impulse = np.zeros(SUPPORT)
+    impulse[SUPPORT // 2] = 1
+    taps = [ndimage.gaussian_filter(impulse, blur) if blur else impulse for blur in blurs]
+    energies = [[np.sum(np.convolve(tap, _kernel(scale)) ** 2) ** 2 for scale in range(SCALES)] for tap in taps]
+    return blurs, np.array(energies)
 
 
 def _shared(image: FloatArray, measured: BoolArray) -> float:

@@ -30,7 +30,7 @@ SMOOTH, LOCAL_MEAN = 1.0, 8.0
 """Standard deviations, in pixels, of the two Gaussians whose difference is compared: grain and tone do not count."""
 ERODED = 3
 """Pixels by which the Gaussian reaches over the weight's edge."""
-TAPS = 4
+TAPS = 3
 """Lanczos's a: the pixels to either side that a fractional shift reads."""
 CANDIDATES = 4
 ITERATIONS = 12

@@ -64,7 +64,7 @@ def test_alpha_is_not_grain_and_too_few_pixels_say_nothing():
         grain_level(rgba, torch.ones(1, 160, 90))
 
 
-@pytest.mark.parametrize("blur", [0, 0.7, 1.2])
+@pytest.mark.parametrize("blur", [0, 0.4, 0.7, 1.0])
 @pytest.mark.parametrize("grey", [False, True])
 def test_added_grain_has_the_size_strength_and_colour_of_what_is_around(blur, grey):
     smooth, grain = scene(), grain_like(blur, grey=grey)
@@ -130,3 +130,19 @@ def test_without_two_sides_to_compare_nothing_is_added(inside):
     smooth = scene()[0].numpy()
     grained, _, _ = add_grain(smooth, (scene() + grain_like(0))[0].numpy(), inside, ~inside, 1.0, torch.Generator())
     assert np.array_equal(grained, smooth)
+
+
+def test_coarse_texture_around_is_not_copied_as_blobs():
+    smooth, inside = scene(), disk()
+    texture = grain_like(3, sigma=0.15)
+    grained, _, _ = add_grain(
+        smooth[0].numpy(),
+        (smooth + texture + grain_like(0, seed=1))[0].numpy(),
+        inside,
+        ~inside,
+        1.0,
+        torch.Generator(),
+    )
+    added = grained - smooth[0].numpy()
+    assert added[inside].std() < 0.05
+    assert ndimage.gaussian_filter(added, (2, 2, 0))[inside].std() < 0.012
