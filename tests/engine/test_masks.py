@@ -7,17 +7,23 @@ import pytest
 import torch
 from comfyui_mend.engine import morphology
 from comfyui_mend.engine.masks import (
+    FeatherSide,
     MaskOptions,
+    Shape,
+    Unit,
     bounding_box,
     feather,
     fill_holes,
     grow,
     invert,
     prepare,
+    prepare_masks,
+    snap_to_grid,
     threshold,
     to_latent_grid,
+    to_pixels,
 )
-from comfyui_mend.engine.types import Box, InputError
+from comfyui_mend.engine.types import Box, InputError, Size
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -75,7 +81,22 @@ OPERATIONS = {
     "feather": lambda mask: feather(mask, 5),
     "fill_holes": fill_holes,
     "prepare": lambda mask: prepare(mask, MaskOptions(invert=True, fill_holes=True, grow=2.5, feather=3)),
+    "everything": lambda mask: prepare(mask, EVERYTHING),
+    "user": lambda mask: prepare_masks(mask, EVERYTHING).user,
 }
+EVERYTHING = MaskOptions(
+    floor=0.1,
+    close=2,
+    fill_holes=True,
+    open=1,
+    min_island=3,
+    keep_largest=True,
+    grow=2,
+    feather=4,
+    feather_side=FeatherSide.CENTRED,
+    keep_solid=True,
+    shape=Shape.SQUARE,
+)
 
 
 @pytest.mark.parametrize("radius", [1, 2, 6, 16, 32])
@@ -312,7 +333,7 @@ def test_nearly_white_masks_are_prepared_like_white_ones():
 def test_empty_and_full_masks_stay_what_they_are():
     for mask in (torch.zeros(1, 20, 30), torch.ones(1, 20, 30)):
         for name, operation in OPERATIONS.items():
-            if name != "prepare":  # which inverts
+            if name != "prepare":  # it inverts
                 assert torch.equal(operation(mask), mask), name
 
 
@@ -328,7 +349,21 @@ def test_preparation_reports_each_image_and_stops_when_told():
         prepare(torch.ones(3, 8, 8), MaskOptions(grow=1), on_image=stop)
 
 
-@pytest.mark.parametrize("options", [{"grow": 2000}, {"grow": float("nan")}, {"feather": -1}, {"threshold": 1.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"grow": 2000},
+        {"grow": float("nan")},
+        {"feather": -1},
+        {"threshold": 1.5},
+        {"floor": -0.1},
+        {"close": -3},
+        {"open": 1025},
+        {"min_island": -1},
+        {"grow": 101, "unit": Unit.PERCENT},
+        {"min_island": 200, "unit": Unit.PERCENT},
+    ],
+)
 def test_numbers_out_of_range_are_refused_by_name(options):
     with pytest.raises(InputError, match=next(iter(options))):
         MaskOptions(**options)
@@ -370,3 +405,137 @@ def test_every_masked_pixel_lies_in_a_masked_cell_and_no_cell_is_masked_without(
 def test_the_latent_grid_refuses_sizes_that_are_not_whole_cells():
     with pytest.raises(InputError, match="613x515"):
         to_latent_grid(torch.zeros(1, 515, 613), 8)
+
+
+# --- three masks
+
+outward = st.builds(
+    MaskOptions,
+    fill_holes=st.booleans(),
+    close=pixels,
+    open=pixels,
+    grow=pixels,
+    feather=pixels,
+    shape=st.sampled_from(Shape),
+)
+any_options = st.builds(
+    MaskOptions,
+    invert=st.booleans(),
+    fill_holes=st.booleans(),
+    close=pixels,
+    min_island=st.integers(0, 5),
+    grow=st.floats(-6, 12),
+    feather=pixels,
+    feather_side=st.sampled_from(FeatherSide),
+    shape=st.sampled_from(Shape),
+    keep_solid=st.just(True),
+)
+
+
+@settings(max_examples=80)
+@given(any_mask, st.one_of(outward, any_options), st.integers(1, 9))
+def test_the_users_mask_is_within_the_other_two(mask, options, downscale):
+    user, sampler, stitch = prepare_masks(mask, options, downscale)
+    assert (user <= stitch).all() and (user <= sampler).all()
+    assert (stitch[user == 1] == 1).all()
+    assert torch.equal(snap_to_grid(sampler, downscale), sampler)
+    assert torch.equal(prepare(mask, options), stitch)
+
+
+def test_the_three_masks_follow_the_documented_order():
+    mask = torch.rand(2, 45, 61, generator=torch.Generator().manual_seed(0))
+    options = MaskOptions(floor=0.3, invert=True, close=2, fill_holes=True, open=1, grow=3, feather=5)
+    user = grow(grow(invert(torch.where(mask < 0.3, 0.0, mask)), 2), -2)
+    user = grow(grow(fill_holes(user), -1), 1)
+    prepared = prepare_masks(mask, options, 8)
+    assert torch.equal(prepared.user, user)
+    assert torch.equal(prepared.sampler, snap_to_grid(grow(user, 3), 8))
+    assert torch.allclose(prepared.stitch, feather(grow(user, 3), 5), atol=1e-6)
+
+
+@pytest.mark.parametrize("y", [0, 20, 39])
+@pytest.mark.parametrize("x", [0, 25, 49])
+@pytest.mark.parametrize("side", FeatherSide)
+def test_alpha_is_one_on_borders_and_in_corners_that_the_mask_touches(y, x, side):
+    mask = torch.zeros(1, 40, 50)
+    mask[:, max(y - 9, 0) : y + 10, max(x - 9, 0) : x + 10] = 1
+    stitch = prepare(mask, MaskOptions(grow=6, feather=6, feather_side=side, keep_solid=True))
+    assert (stitch[mask == 1] == 1).all()
+    assert stitch[0, y, x] == 1
+
+
+@pytest.mark.parametrize("side", [FeatherSide.INWARD, FeatherSide.CENTRED])
+def test_a_mask_that_covers_half_the_picture_is_soft_on_its_edge_only(side):
+    mask = torch.zeros(1, 60, 80)
+    mask[:, :, :40] = 1
+    soft = feather(mask, 8, side)
+    assert (soft[:, :, :31] == 1).all() and not soft[:, :, 46:].any()
+    assert torch.equal(soft[0], soft[0, :1].expand(60, -1))
+
+
+def test_growing_by_as_much_as_the_inward_feather_keeps_the_edge_between_both():
+    mask = torch.zeros(1, 80, 80)
+    mask[:, 30:50, 30:50] = 1
+    stitch = prepare(mask, MaskOptions(grow=10, feather=10, feather_side=FeatherSide.INWARD, keep_solid=True))
+    assert (stitch[mask == 1] == 1).all()
+    assert torch.equal(stitch > 0, grow(mask, 10) > 0)
+
+
+@pytest.mark.parametrize("phase", range(8))
+@pytest.mark.parametrize("thickness", [1, 3])
+def test_a_stroke_keeps_at_least_one_whole_cell_at_every_phase(thickness, phase):
+    mask = torch.zeros(1, 61, 75)
+    mask[:, :, 24 + phase : 24 + phase + thickness] = 1
+    sampler = prepare_masks(mask, MaskOptions()).sampler
+    small = torch.nn.functional.interpolate(sampler[:, None], size=(7, 9), mode="bilinear")
+    assert (sampler >= mask).all()
+    assert (to_latent_grid(sampler[:, :56, :72], 8).amax(dim=3) == 1).all()
+    assert small.amax() > 0.5
+    assert sampler.sum() == 61 * 8 * math.ceil((phase + thickness) / 8)
+
+
+@few
+@given(st.one_of(binary(2), grey(2)), st.integers(1, 9))
+def test_snapping_takes_the_largest_value_of_each_cell_whatever_the_size(mask, side):
+    snapped = snap_to_grid(mask, side)
+    for top in range(0, mask.shape[1], side):
+        for left in range(0, mask.shape[2], side):
+            cell = (slice(None), slice(top, top + side), slice(left, left + side))
+            assert torch.equal(snapped[cell], mask[cell].amax(dim=(1, 2), keepdim=True).expand_as(mask[cell]))
+
+
+def test_percent_is_of_the_longer_side_and_of_the_area():
+    mask = torch.zeros(1, 100, 200)
+    mask[:, 45:55, 95:105] = 1
+    mask[:, 5, 5:9] = 1
+    options = MaskOptions(unit=Unit.PERCENT, grow=2, feather=1.5, min_island=0.1)
+    assert torch.equal(prepare(mask, options), prepare(mask, MaskOptions(grow=4, feather=3, min_island=20)))
+    assert not prepare(mask, options)[:, :20].any()
+    assert to_pixels("grow", -3, Unit.PERCENT, Size(60, 400)) == -12
+    with pytest.raises(
+        InputError, match="grow is 50 % of 4096x10, 2048 pixels; give at most 1024 pixels, which are 25 %"
+    ):
+        prepare(torch.zeros(1, 10, 4096), MaskOptions(unit=Unit.PERCENT, grow=50))
+
+
+def test_every_mask_of_a_batch_has_its_own_islands():
+    mask = torch.zeros(3, 20, 30)
+    mask[0, 2:6, 2:6] = mask[0, 10, 10] = 1
+    mask[1, 10, 10] = 1
+    largest = prepare(mask, MaskOptions(keep_largest=True))
+    assert torch.equal(largest[1:], mask[1:])
+    assert largest[0].sum() == 16
+    assert not prepare(mask, MaskOptions(min_island=2))[1:].any()
+
+
+def test_a_faint_smear_falls_under_the_floor_and_the_rest_stays_grey():
+    mask = torch.tensor([[[0.05, 0.1, 0.5, 1.0]]])
+    assert torch.equal(prepare(mask, MaskOptions(floor=0.1)), torch.tensor([[[0.0, 0.1, 0.5, 1.0]]]))
+
+
+def test_a_latent_cell_of_no_size_is_refused():
+    for downscale in (0, 65):
+        with pytest.raises(InputError, match="downscale"):
+            prepare_masks(torch.ones(1, 8, 8), MaskOptions(), downscale)
+        with pytest.raises(InputError, match="downscale"):
+            snap_to_grid(torch.ones(1, 8, 8), downscale)
