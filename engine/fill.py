@@ -193,7 +193,7 @@ def _regions(hole: Hole, method: FillMethod, radius: int, network: FillNetwork |
     margins = {
         FillMethod.NEUTRAL: 0,
         FillMethod.EDGE: 1,
-        FillMethod.MIRROR: max(box.size),
+        FillMethod.MIRROR: max(box.size) + 1,
         FillMethod.BLUR: 32,
         FillMethod.NOISE: RING,
     }

@@ -44,6 +44,7 @@ def convert_to_safetensors(source: Path, target: Path, *, force: bool = False) -
     Raises ModelFileError for a file that cannot be read so, and InputError for a target that exists (without
     ``force``) or has another suffix.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if source.suffix.lower() == ".safetensors":
@@ -57,8 +58,8 @@ def convert_to_safetensors(source: Path, target: Path, *, force: bool = False) -
     try:
         save_file(tensors, partial)
         partial.replace(target)
-    except OSError as error:
-        raise ModelFileError(f"{target.name} cannot be written: {error.strerror or error}.") from error
+    except (SafetensorError, OSError) as error:
+        raise ModelFileError(f"{target.name} cannot be written ({error}); check the folder.") from error
     finally:
         partial.unlink(missing_ok=True)
     return len(tensors)

@@ -152,11 +152,12 @@ def interruption() -> dict:
                 mm.interrupt_current_processing(True)
             return pixels
 
-    mask = torch.zeros(1, 600, 600)
-    mask[:, 10:-10, 10:-10] = 1
+    # shallow enough for tiles
+    mask = torch.zeros(1, 600, 1200)
+    mask[:, 300:310, 10:-10] = 1
     stopped = False
     try:
-        MendFill.execute(picture(600, 600), mask, "lama", fill_model=LoadedFillModel(Network()))
+        MendFill.execute(picture(600, 1200), mask, "lama", fill_model=LoadedFillModel(Network()))
     except mm.InterruptProcessingException:
         stopped = True
     return {"stopped": stopped, "painted": len(painted)}

@@ -332,3 +332,161 @@ def test_a_soft_mask_grown_from_an_object_removes_it_whole():
     mask = masks.feather(masks.grow(hole(80, 80, slice(30, 50), slice(30, 50)), 2), 6)
     for method in FROM_SURROUNDINGS:
         assert (fill(image, mask, method) - 0.3).abs().max() <= BYTES.get(method, EXACT)
+
+
+# --- mirror
+
+
+@pytest.mark.parametrize(
+    ("above", "below", "left", "right"),
+    [(20, 0, 0, 0), (0, 0, 0, 30), (7, 9, 11, 13), (100, 0, 0, 0), (60, 70, 80, 90)],
+    ids=["above", "right", "all sides", "more than the picture", "more on all sides"],
+)
+def test_mirror_outside_a_picture_is_mirror_padding(above, below, left, right):
+    image = noise(24, 31)
+    expected = np.pad(image[0].numpy(), ((above, below), (left, right), (0, 0)), mode="reflect")
+    mask = torch.ones(1, *expected.shape[:2])
+    mask[:, above : above + 24, left : left + 31] = 0
+    filled = fill(torch.where(mask[..., None] > 0, 0.5, torch.from_numpy(expected)[None]), mask, FillMethod.MIRROR)
+    assert torch.equal(filled[0], torch.from_numpy(expected))
+
+
+def test_mirror_reflects_at_the_rim_of_a_hole():
+    image, mask = noise(), hole(rows=slice(None), columns=slice(20, 28))
+    filled = fill(image, mask, FillMethod.MIRROR)
+    assert torch.equal(filled[:, :, 20:24], image[:, :, 15:19].flip(2))
+    assert torch.equal(filled[:, :, 24:28], image[:, :, 29:33].flip(2))
+
+
+def test_mirror_between_two_holes_takes_what_is_kept():
+    image, mask = noise(20, 30), hole(20, 30, slice(None), slice(None))
+    mask[:, :, 14] = 0
+    filled = fill(image, mask, FillMethod.MIRROR)
+    assert torch.equal(filled, image[:, :, 14:15].expand(-1, -1, 30, -1))
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_mirror_commutes_with_flips(axis):
+    # no pixel of this hole is as near to one side as to another
+    image, mask = noise(64, 64), hole(64, 64, slice(None), slice(0, 20)) if axis == 2 else hole(64, 64, slice(0, 20))
+    flipped = fill(image.flip(axis), mask.flip(axis), FillMethod.MIRROR).flip(axis)
+    assert torch.equal(flipped[mask > 0][:100], fill(image, mask, FillMethod.MIRROR)[mask > 0][:100])
+
+
+# --- noise
+
+
+def grainy(height=96, width=96):
+    """Grey with grain that is strong in red, weak in blue, and common to red and green."""
+    common, own = noise(height, width)[..., :1] - 0.5, noise(height, width, seed=1) - 0.5
+    return 0.5 + common * torch.tensor([0.2, 0.2, 0.0]) + own * torch.tensor([0.1, 0.1, 0.05])
+
+
+def test_noise_has_the_colour_and_the_grain_of_the_ring():
+    image, mask = grainy(), hole(96, 96, slice(24, 72), slice(24, 72))
+    filled = fill(image, mask, FillMethod.NOISE)[mask > 0].double()
+    around = image[mask == 0].double()
+    assert torch.allclose(filled.mean(dim=0), around.mean(dim=0), atol=0.01)
+    covariance, expected = torch.cov(filled.T), torch.cov(around.T)
+    assert torch.allclose(covariance, expected, atol=0.15 * expected.max().item())
+    assert covariance[0, 0] > 10 * covariance[2, 2] > 0
+    # the common part of red and green
+    assert covariance[0, 1] > 0.5 * covariance[0, 0]
+
+
+def test_noise_follows_the_tone_of_its_surroundings():
+    ramp = torch.linspace(0.1, 0.9, 96)[None, None, :, None].expand(1, 96, 96, 3)
+    image, mask = ramp + 0.05 * (noise(96, 96) - 0.5), hole(96, 96, slice(24, 72), slice(24, 72))
+    filled = fill(image, mask, FillMethod.NOISE)
+    means = filled[0, 24:72, 24:72].mean(dim=(0, 2))
+    assert (means - ramp[0, 0, 24:72, 0]).abs().max() < 0.05
+
+
+def test_noise_repeats_itself_for_a_seed_alone():
+    image, mask = grainy(), hole(96, 96)
+    state = np.random.get_state()[1].copy()
+    first = fill(image, mask, FillMethod.NOISE, seed=2**64 - 1)
+    assert torch.equal(fill(image, mask, FillMethod.NOISE, seed=2**64 - 1), first)
+    assert not torch.equal(fill(image, mask, FillMethod.NOISE, seed=0), first)
+    assert (np.random.get_state()[1] == state).all()
+
+
+# --- networks
+
+
+@pytest.mark.parametrize("method", ["lama", "mat"])
+def test_a_network_method_without_its_network_says_where_to_get_it(method):
+    with pytest.raises(InputError, match=f'"{method}" needs its network.*Load Fill Model .*--model FILE'):
+        engine_fill(noise(), hole(), method)
+
+
+def test_another_network_than_the_method_names_is_refused():
+    with pytest.raises(InputError, match=r'is "mat" but LaMa.safetensors is a LaMa model; choose the method "lama"'):
+        engine_fill(noise(), hole(), "mat", network=Mean())
+
+
+def test_the_other_methods_have_no_use_for_a_network():
+    assert torch.equal(engine_fill(noise(), hole(), "blur", network=Mean()), engine_fill(noise(), hole(), "blur"))
+
+
+class Sizes(Mean):
+    """Notes the sizes and seeds it is asked for."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.seen = []
+
+    def fill(self, pixels, hole, seed):
+        self.seen.append((*hole.shape, seed))
+        return super().fill(pixels, hole, seed)
+
+
+def test_a_network_sees_its_window_around_a_small_hole_and_its_own_resolution():
+    network = Sizes(window=Window(1536 * 1024, 8))
+    fill(noise(900, 1000), hole(900, 1000, slice(400, 420), slice(500, 540)), FillMethod.LAMA, network=network, seed=9)
+    [(height, width, seed)] = network.seen
+    # at least a tile in each direction, in multiples of 8
+    assert 512 <= height < 560
+    assert 512 <= width < 560
+    assert seed == 9
+
+
+def test_distant_holes_are_shown_to_a_network_one_by_one():
+    mask = hole(256, 1600, columns=slice(100, 120)) + hole(256, 1600, columns=slice(1500, 1520))
+    network = Sizes()
+    fill(noise(256, 1600), mask, FillMethod.LAMA, network=network)
+    assert len(network.seen) == 2
+
+
+# --- progress and interruption
+
+
+def test_progress_rises_to_the_number_of_images():
+    seen = []
+    images = noise(96, 96, batch=2)
+    fill(images, hole(96, 96), FillMethod.PATCHMATCH, on_progress=lambda done, total: seen.append((done, total)))
+    shares = [done for done, _ in seen]
+    assert shares == sorted(shares)
+    assert shares[0] == 0
+    assert shares[-1] == 2
+    assert 1 in shares
+    assert {total for _, total in seen} == {2}
+
+
+def test_patchmatch_can_be_stopped_while_it_runs():
+    image, mask = noise(400, 400), hole(400, 400, slice(100, 300), slice(100, 300))
+    calls = []
+
+    def stop(done, total):
+        calls.append(done)
+        # the first comes before it starts, the next while it runs
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(image, mask, FillMethod.PATCHMATCH, on_progress=stop)
+    assert len(calls) == 4
+    # what was left running does not disturb the next one
+    small = hole()
+    again = fill(noise(), small, FillMethod.PATCHMATCH, seed=1)
+    assert torch.equal(fill(noise(), small, FillMethod.PATCHMATCH, seed=1), again)
