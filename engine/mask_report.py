@@ -229,12 +229,15 @@ def _draw(picture: Tensor, mask: Tensor, report: MaskReport) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     scale = size.width / report.size.width
     if report.box is not None:
-        left, top, right, bottom = (edge * scale for edge in report.box)
-        pen.rectangle((left, top, right - 1, bottom - 1), outline=BOX)
+        _frame(pen, report.box, scale, BOX, 1)
         for cell in _lost_boxes(mask.numpy(), report.box, report.downscale):
-            left, top, right, bottom = (edge * scale for edge in cell)
-            pen.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=LOST, width=2)
+            _frame(pen, cell, scale, LOST, 2)
     return _with_lines(sheet, report)
+
+
+def _frame(pen: ImageDraw.ImageDraw, box: Box, scale: float, colour: tuple[int, int, int], width: int) -> None:
+    left, top, right, bottom = (edge * scale for edge in box)
+    pen.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=colour, width=width)
 
 
 def _preview_size(size: Size) -> Size:

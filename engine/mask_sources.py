@@ -21,6 +21,8 @@ from .types import InputError, check_range
 
 MAX_TOLERANCE = 100.0
 """The distance between black and white, by either measure."""
+ROUNDING = 1e-3
+"""Distances closer than this are taken as equal, so that a colour is never lost to the rounding of float32."""
 MAX_NOISE = 16.0
 ASPECT_TOLERANCE = 0.02
 """Relative difference of aspect ratio up to which a second mask is taken for a resized one."""
@@ -94,9 +96,8 @@ def from_color(
 
     def mark(pixels: Tensor) -> Tensor:
         away = torch.linalg.vector_norm(_space(pixels, distance) - wanted, dim=-1)
-        # rounding must not lose the colour itself
-        beyond = (away - tolerance - 1e-3).clamp(min=0)
-        return (1 - beyond / softness).clamp(min=0) if softness > 0 else (beyond == 0).float()
+        beyond = (away - tolerance - ROUNDING).clamp(min=0)
+        return (1 - beyond / softness).clamp(min=0) if softness > ROUNDING else (beyond == 0).float()
 
     strips = images.detach().cpu().reshape(-1, 3).split(STRIP)
     return torch.cat([mark(strip) for strip in strips]).reshape(images.shape[:3]).to(images.device)
@@ -106,9 +107,9 @@ def from_difference(before: Tensor, after: Tensor, tolerance: float = 10.0, nois
     """1 where ``after`` shows something else than ``before``, 0 where the two differ by no more than ``tolerance``.
 
     The difference is taken in CIE Lab (0..100, black to white) after a Gaussian blur of ``noise`` / 2 pixels, which
-    averages out what JPEG and a VAE add, and marks of no more than ``noise`` pixels across are dropped (opening by a
-    disk). ``noise`` is 0..16; 0 compares pixel by pixel. Transparency counts where both have it. Raises InputError for
-    pictures of different sizes or batches.
+    averages out what JPEG and a VAE add; what is then marked in specks of no more than ``noise`` pixels across is
+    dropped (opening by a disk). ``noise`` is 0..16; 0 compares pixel by pixel. Transparency counts where both have it.
+    Raises InputError for pictures of different sizes or batches.
     """
     check_range("tolerance", tolerance, 0, MAX_TOLERANCE)
     check_range("noise", noise, 0, MAX_NOISE)
@@ -138,7 +139,7 @@ def combine(a: Tensor, b: Tensor, operation: Operation) -> Tensor:
     if abs(other.width * size.height / (other.height * size.width) - 1) > ASPECT_TOLERANCE:
         raise InputError(
             f"The first mask is {size} and the second {other}, another shape; make both from the same picture, or"
-            f" resize one (Load Image gives 64x64 where nothing is painted)."
+            " resize one (Load Image gives 64x64 where nothing is painted)."
         )
     count = _shared_batch(len(first), len(second), "masks")
     second = resize_mask(second, size)
