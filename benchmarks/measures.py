@@ -82,16 +82,16 @@ def _mean_step(pixels: npt.NDArray[np.float64], pairs: npt.NDArray[np.intp]) -> 
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds."""
-    start = time.perf_counter()
+    """CPU seconds: on one thread what a clock shows on an idle machine, and a busy one does not spoil them."""
+    start = time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def interleaved(
     runs: Mapping[str, Callable[[], object]], first: Mapping[str, float], *, rounds: int = 5, budget: float = 6.0
 ) -> dict[str, float]:
-    """Median seconds of each run: one after the other in every round, so that a busy minute hits all alike.
+    """Median CPU seconds of each run: one after the other in every round, so that a busy minute hits all alike.
 
     ``first`` are the seconds that each took before: a warm-up, or the figure itself where the run is so slow that
     they exceed ``budget``. A run that has used up ``budget`` seconds sits out the remaining rounds.

@@ -241,7 +241,7 @@ def t7(bench: Bench) -> list[Row]:
 
 
 def t8(bench: Bench) -> list[Row]:
-    """Seconds on one thread."""
+    """CPU seconds on one thread."""
     side = bench.side(4096)
     blob = box_mask(
         side, side, slice(side * 1000 // 4096, side * 1800 // 4096), slice(side * 1200 // 4096, side * 2200 // 4096)

@@ -4,7 +4,8 @@ python benchmarks/pixels.py [--custom-nodes DIR]... [--only T8,T9] [--quick] [--
 
 The peers are ComfyUI's own nodes and the packs that benchmarks/peers/ has adapters for, taken from the custom_nodes of
 the ComfyUI that is found (COMFYUI_PATH, else comfy-cli's workspace) and from the folders named. All run in one process
-of ComfyUI's Python, on one thread, their timings interleaved. OpenCV is lent to it where it has none of its own.
+of ComfyUI's Python, on one thread, their timings (in CPU seconds) interleaved. OpenCV is lent to it where it has none
+of its own.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in answer["rows"]
     ]
     where = f"ComfyUI {workspace.version}" if workspace else "no ComfyUI found: Mend alone (set COMFYUI_PATH)"
-    print(f"{where}, CPU, one thread\n")
+    print(f"{where}; on the CPU, one thread\n")
     print(draw(rows, answer["contestants"]))
     for name in answer["not_found"]:
         print(f"\n{name}: not found")
