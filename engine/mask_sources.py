@@ -99,8 +99,8 @@ def from_color(
         beyond = (away - tolerance - ROUNDING).clamp(min=0)
         return (1 - beyond / softness).clamp(min=0) if softness > ROUNDING else (beyond == 0).float()
 
-    strips = images.detach().cpu().reshape(-1, 3).split(STRIP)
-    return torch.cat([mark(strip) for strip in strips]).reshape(images.shape[:3]).to(images.device)
+    pixels = images.detach().cpu().reshape(-1, 3)
+    return _in_strips(mark, pixels).reshape(images.shape[:3]).to(images.device)
 
 
 def from_difference(before: Tensor, after: Tensor, tolerance: float = 10.0, noise: float = 2.0) -> Tensor:
@@ -162,10 +162,17 @@ def _space(srgb: Tensor, distance: ColorDistance) -> Tensor:
     return srgb_to_lab(srgb) if distance is ColorDistance.LAB else srgb * (100 / 3**0.5)
 
 
+def _in_strips(operation: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    """``operation`` on [N, ...], STRIP pixels at once: what it needs in between stays small."""
+    return torch.cat([operation(strip) for strip in pixels.split(STRIP)])
+
+
 def _difference(before: Tensor, after: Tensor, tolerance: float, noise: float) -> morphology.FloatArray:
     """Of one picture [H, W, C]."""
     one, other = before.detach().cpu(), after.detach().cpu()
-    planes = [*(srgb_to_lab(other[..., :3]) - srgb_to_lab(one[..., :3])).unbind(-1)]
+    pixels = torch.stack([one[..., :3], other[..., :3]], dim=2).reshape(-1, 2, 3)
+    change = _in_strips(lambda pair: srgb_to_lab(pair).diff(dim=1)[:, 0], pixels)
+    planes = [*change.reshape(*one.shape[:2], 3).unbind(-1)]
     if one.shape[-1] == other.shape[-1] == 4:
         planes.append((other[..., 3] - one[..., 3]) * 100)
     blurred = [_blur(plane.numpy(), noise / 2) for plane in planes]

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from . import morphology
 from .morphology import HOLE_LEVELS as HOLE_LEVELS
-from .morphology import ByteArray as ByteArray
 from .morphology import FloatArray as FloatArray
 from .morphology import Shape as Shape
 from .morphology import opencv as opencv
