@@ -23,7 +23,7 @@ from .masks import FloatArray, OnImage, bounding_box, expand_box, opencv
 from .patchmatch import MAX_AREA, from_bytes, patchmatch, to_bytes
 from .pull_push import Hole, pull_push
 from .tiles import Window, fill_tiled
-from .types import Box, InputError, check_range
+from .types import MAX_SEED, Box, InputError, check_range
 
 MAX_RADIUS = 64
 CONTEXT = 1.0
@@ -135,6 +135,7 @@ def fill(
     if radius is None:
         radius = DEFAULT_RADIUS.get(method, 1)
     check_range("radius", radius, 1, MAX_RADIUS)
+    check_range("seed", seed, 0, MAX_SEED)
     images, masks = pair(image, mask)
     result = images.clone()
     for index, (original, alpha) in enumerate(zip(images, masks, strict=True)):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from comfyui_mend.engine import fill as fill_module
 from comfyui_mend.engine import masks
+from comfyui_mend.engine import patchmatch as patchmatch_module
 from comfyui_mend.engine.fill import FillMethod
 from comfyui_mend.engine.fill import fill as engine_fill
 from comfyui_mend.engine.tiles import Window
@@ -243,14 +244,15 @@ def test_patchmatch_joins_holes_whose_surroundings_meet():
 
 
 def test_patchmatch_lowers_the_resolution_of_what_is_too_large(monkeypatch):
-    monkeypatch.setattr(fill_module, "MAX_AREA", 48 * 48)
+    monkeypatch.setattr(fill_module, "MAX_AREA", 80 * 80)
+    monkeypatch.setattr(patchmatch_module, "MAX_AREA", 80 * 80)
     image = stripes(128, 128, period=16)
     mask = hole(128, 128, slice(40, 90), slice(40, 90))
     filled = fill(torch.where(mask[..., None] > 0, 1.0, image), mask, FillMethod.PATCHMATCH)
     assert torch.equal(filled[mask == 0], image[mask == 0])
-    # nothing of the object is mixed into its surroundings, and the stripes go on through its place, if softer
+    # nothing of the object is mixed into its surroundings, and stripes, roughly placed, go on there
     assert torch.equal(fill(torch.where(mask[..., None] > 0, 0.0, image), mask, FillMethod.PATCHMATCH), filled)
-    assert (filled - image).abs()[mask > 0].mean() < 0.2
+    assert (filled - image).abs()[mask > 0].mean() < 0.15
 
 
 def test_the_context_of_a_large_hole_is_cut_before_its_resolution():
@@ -312,6 +314,12 @@ def test_nearly_white_masks_are_filled():
 def test_a_radius_out_of_range_is_refused(radius):
     with pytest.raises(InputError, match="radius"):
         fill(noise(), hole(), FillMethod.TELEA, radius=radius)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_out_of_range_is_refused(seed):
+    with pytest.raises(InputError, match="seed"):
+        fill(noise(), hole(), FillMethod.NOISE, seed=seed)
 
 
 def test_each_image_is_reported_and_the_caller_may_stop():
