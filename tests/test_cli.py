@@ -226,6 +226,30 @@ def test_fill_changes_the_hole_alone(mend, method):
     assert read_parameters("x.png")["method"] == method
 
 
+def test_fill_does_what_its_flags_say(mend):
+    command = ("fill", "coffee.png", "mask.png", "--method", "noise", "--force", "-o")
+    assert mend(*command, "one.png", "--seed", 1)[0] == mend(*command, "two.png", "--seed", 2)[0] == 0
+    assert mend(*command, "grown.png", "--seed", 1, "--grow", 5)[0] == 0
+    before, one, two, grown = (read_image(name) for name in ("coffee.png", "one.png", "two.png", "grown.png"))
+    assert not torch.equal(one, two)
+    assert (grown != before).any(dim=-1).sum() > 1.1 * (one != before).any(dim=-1).sum()
+    refused(mend, "radius is 99; give a value from 1 to 64", *command, "x.png", "--radius", 99)
+    refused(mend, '"lama" needs its network', *command, "x.png", "--method", "lama")
+    refused(mend, "lost.safetensors is not there", *command, "x.png", "--method", "lama", "--model", "lost.safetensors")
+
+
+def test_models_convert_writes_safetensors_beside_the_pickle(mend):
+    from safetensors.torch import load_file
+
+    weights = {"layer.weight": torch.arange(6.0)}
+    torch.save(weights, "lama.pt")
+    code, out, _ = mend("models", "convert", "lama.pt", "--json")
+    assert code == 0 and json.loads(out)["tensors"] == 1
+    assert torch.equal(load_file("lama.safetensors")["layer.weight"], weights["layer.weight"])
+    refused(mend, "exists already", "models", "convert", "lama.pt")
+    refused(mend, "lost.pt cannot be read", "models", "convert", "lost.pt")
+
+
 def test_mask_does_what_its_flags_say(mend):
     hole = np.zeros((64, 64), np.uint8)
     hole[16:48, 16:48] = 255
