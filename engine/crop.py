@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from . import images
+from . import images, masks
 from .fill import NETWORKS, FillMethod
 from .outpaint import Padding, pad
 from .types import MAX_SIDE, Box, InputError, Size, check_area, check_range
@@ -289,7 +289,10 @@ class CropPlan:
         if before == after:
             return hit
         reach = math.ceil(max(1, after.width / before.width, after.height / before.height))
-        return F.max_pool2d(hit[:, None], 2 * reach + 1, stride=1, padding=reach)[:, 0]
+        while reach > 0:
+            hit = masks.grow(hit, min(reach, masks.MAX_PIXELS), masks.Shape.SQUARE)
+            reach -= masks.MAX_PIXELS
+        return hit
 
     def _pad(self, planes: Tensor) -> Tensor:
         right, bottom = self.canvas.width - self.scaled.width, self.canvas.height - self.scaled.height

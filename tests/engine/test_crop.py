@@ -136,6 +136,20 @@ def test_nothing_under_the_mask_shows_on_the_canvas_outside_the_hole(scale):
     )
 
 
+@pytest.mark.parametrize(("picture", "canvas"), [(Size(12, 9), Size(3000, 2250)), (Size(4, 3), Size(5000, 12))])
+def test_the_hole_is_as_large_and_as_quickly_made_however_far_a_crop_is_enlarged(picture, canvas):
+    """A window of 501 or 2501 pixels: looking at each of its pixels for every pixel would take minutes."""
+    mask = torch.zeros(1, picture.height, picture.width)
+    mask[0, 1, 2] = 1
+    plan = CropPlan(Box(0, 0, *picture), canvas, canvas)
+    touched = (plan.cut_mask(mask)[0] > 0).nonzero()
+    (top, left), (bottom, right) = touched.amin(dim=0).tolist(), touched.amax(dim=0).tolist()
+    reach = max(canvas.width // picture.width, canvas.height // picture.height)
+    expected = torch.zeros(1, canvas.height, canvas.width)
+    expected[:, max(top - reach, 0) : bottom + reach + 1, max(left - reach, 0) : right + reach + 1] = 1
+    assert torch.equal(plan.cut_hole(mask), expected)
+
+
 # --- plans from options
 
 OWN = {"target": None, "min_size": 0, "context_pixels": 0, "max_aspect": 100, "multiple": 1}
