@@ -87,7 +87,7 @@ def denoise(
     """
     conditioning = model.facts.conditioning
     noise_generators = generators if isinstance(generators, torch.Generator) else list(generators)
-    latents = schedule.start(canvas.noise, None if canvas.image is None else canvas.expand(canvas.image))
+    latents = _start(schedule, canvas, conditioning)
     for index in range(schedule.evaluations):
         scaled = schedule.scale(latents, index)
         output = model.predict(_network_input(scaled, canvas, conditioning), schedule.timesteps[index], guidance).to(
@@ -102,6 +102,16 @@ def denoise(
             latents = (1 - free) * kept + free * latents
         progress.update(first_step + index + 1, preview)
     return latents
+
+
+def _start(schedule: Schedule, canvas: Canvas, conditioning: Conditioning) -> Tensor:
+    latents = schedule.start(canvas.noise, None if canvas.image is None else canvas.expand(canvas.image))
+    if canvas.soft is None:
+        return latents
+    free = _free_cells(canvas, conditioning, schedule.evaluations, schedule.evaluations)
+    # solvers of second order go back to the state before: of a cell let go in between, it must be the picture's
+    assert free is not None and canvas.image is not None
+    return (1 - free) * schedule.levels[0].mix(canvas.expand(canvas.image), canvas.noise) + free * latents
 
 
 def _free_cells(canvas: Canvas, conditioning: Conditioning, remaining: int, total: int) -> Tensor | None:
