@@ -24,7 +24,7 @@ from .crop import CropPlan, Outside
 from .fill import FillMethod
 from .images import as_images, size_of, to_bytes
 from .outpaint import Padding
-from .types import MAX_PIXELS, MAX_SIDE, Box, InputError, Size
+from .types import MAX_PIXELS, MAX_SIDE, Box, InputError, Size, check_area
 
 FORMAT, VERSION = "mend-crop", 1
 FILE_NAME = "record.json"
@@ -190,7 +190,7 @@ def _arrays(record: CropRecord, stem: str) -> Iterator[tuple[Levels | Flags, str
 def _as_json(record: CropRecord, names: dict[int, str]) -> dict[str, Any]:
     digests = record.digests
     if not digests and record.original is not None:
-        pictures = record.original.expand(record.count, -1, -1, -1)
+        pictures = record.originals(None).expand(record.count, -1, -1, -1)
         digests = tuple(_digest(pictures[n], record._of(n)) for n in range(record.count))
     return {
         "format": FORMAT,
@@ -243,22 +243,28 @@ def load(path: str | Path) -> CropRecord:
         )
     try:
         return _Reader(file.parent).record(content)
-    except (KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+    except (KeyError, TypeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{file} is damaged ({what}); cut and save again.") from error
 
 
 def _read_json(file: Path) -> Any:
+    content = _read(file)
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is no crop record: it does not hold JSON.") from error
+
+
+def _read(file: Path) -> bytes:
     try:
         if file.stat().st_size > MAX_BYTES:
             raise InputError(f"{file} is no crop record: it is larger than {MAX_BYTES // 2**20} MB.")
-        return json.loads(file.read_text(encoding="utf-8"))
+        return file.read_bytes()
     except FileNotFoundError as error:
         raise InputError(f"There is no crop record {file}; check the name and the folder.") from error
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{file} is no crop record: it does not hold JSON.") from error
 
 
 class _Reader:
@@ -293,6 +299,7 @@ class _Reader:
         if scaled.width > canvas.width or scaled.height > canvas.height or canvas.width * canvas.height > MAX_PIXELS:
             raise ValueError(f"a crop of {scaled} does not lie on a canvas of {canvas}")
         plan = CropPlan(box, scaled, canvas, self.outside(entry["outside"]))
+        check_area(plan.extent)
         mask = self.mask(entry["mask"], box.size, np.uint16)
         return Patch(number, plan, mask, self.mask(entry["repainted"], box.size, np.bool_))
 

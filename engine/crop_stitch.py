@@ -6,7 +6,6 @@ is the i-th of whichever there are N of. Frames are cut and put back one at a ti
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -352,7 +351,7 @@ def _put_back(
     painted, opaque = crop[..., :3], crop[..., 3:]
     back = patch.plan.uncut(painted)
     if images.size_of(crop) == patch.plan.canvas:
-        before = patch.plan.cut(_at(cut_from, patch.picture)[..., :3])
+        before = patch.plan.cut(_at(cut_from, patch.picture)[..., :3].to(painted))
         changed = patch.plan.changed(before, painted, unchanged) > 0
         if not (changed & (mask > 0)).any():
             return "the crop came back as it was cut"
@@ -376,8 +375,9 @@ def _check_shape(came: Size, canvas: Size) -> None:
                 f"A crop of {canvas} came back as {came}, with its border cut off to a multiple of {multiple}; set"
                 f" multiple to {multiple} where the crop is made."
             )
-    scale = math.sqrt(came.width * came.height / (canvas.width * canvas.height))
-    if abs(came.width - scale * canvas.width) > 1 or abs(came.height - scale * canvas.height) > 1:
+    # some scale gives both sides
+    across, down = ([(side - 1) / of, (side + 1) / of] for side, of in zip(came, canvas, strict=True))
+    if max(across[0], down[0]) > min(across[1], down[1]):
         raise InputError(
             f"A crop of {canvas} came back as {came}, another aspect ratio; enlarge or reduce it evenly, without"
             " cropping or padding."

@@ -1,8 +1,12 @@
 """Crop records on disk: another process stitches the same bits, and nothing in a file is trusted."""
 
+import contextlib
 import json
+import random
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +120,14 @@ def test_another_picture_is_noticed(tmp_path):
     assert "not what was cut" not in stitch_crops(record, cropped.crops, under).reports[0]
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_the_same_picture_is_not_noticed(tmp_path, channels):
+    image, mask = scene(channels=channels)
+    cropped = crop_to_mask(image, mask)
+    record = load(save(cropped.record, tmp_path))
+    assert "not what was cut" not in stitch_crops(record, cropped.crops, image).reports[0]
+
+
 def test_nothing_is_overwritten_and_nothing_half_is_left(tmp_path):
     record = crop_to_mask(*scene()).record
     save(record, tmp_path / "crop.json")
@@ -173,6 +185,10 @@ def edit(file: Path, change):
         (lambda c: c["patches"][0].update(mask=c["patches"][0]["repainted"]), "right depth"),
         (lambda c: c["patches"][0].update(outside={"padding": [1, 1, 1, -1]}), "whole number"),
         (lambda c: c["patches"][0].update(outside={"padding": [1] * 4, "fill": "eval", "masked": True}), "eval"),
+        (
+            lambda c: c["patches"][0].update(outside={"padding": [16384] * 4, "fill": "edge", "masked": True}),
+            "megapixels",
+        ),
         (lambda c: c["patches"].__setitem__(0, 3), "damaged"),
     ],
 )
@@ -183,7 +199,11 @@ def test_damaged_records_are_refused_in_a_sentence(saved, change, says):
     assert "crop.json" in str(refused.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b"\x89PNG\xff\xfe", b"[" * 100_000, b'{"format": "mend-crop"}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[1]", b"\x89PNG\xff\xfe", b"[" * 100_000, b'{"format": "mend-crop"}', b'{"count": ' + b"9" * 5000 + b"}"],
+    ids=["empty", "list", "png", "nested", "format alone", "digits"],
+)
 def test_files_that_are_no_record_are_refused(saved, content):
     saved.write_bytes(content)
     with pytest.raises(InputError):
@@ -197,6 +217,28 @@ def test_a_mask_of_another_size_or_kind_is_refused(saved):
         load(saved)
     mask.write_bytes(b"GIF89a")
     with pytest.raises(InputError, match="damaged"):
+        load(saved)
+
+
+def test_a_mask_file_that_claims_to_be_enormous_is_refused(saved):
+    mask = saved.with_name("crop-mask-1.png")
+    content = bytearray(mask.read_bytes())
+    content[16:24] = struct.pack(">II", 100_000, 100_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    mask.write_bytes(content)
+    with pytest.raises(InputError, match="json is damaged"):
+        load(saved)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_damage_is_an_input_error_or_harmless(saved, seed):
+    chance = random.Random(seed)
+    file = chance.choice(sorted(saved.parent.iterdir()))
+    content = bytearray(file.read_bytes())
+    place = chance.randrange(len(content))
+    content[place : place + chance.randrange(20)] = chance.randbytes(chance.randrange(20))
+    file.write_bytes(content)
+    with contextlib.suppress(InputError):
         load(saved)
 
 

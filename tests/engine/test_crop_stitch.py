@@ -1,5 +1,7 @@
 """Crops that go to a sampler and come back."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -349,6 +351,18 @@ def test_an_enlarged_crop_brings_its_detail():
     cropped = crop_to_mask(image, mask, CropOptions(target=Area(128 * 128)))
     assert cropped.crops[0].shape[1:3] == (128, 128)
     assert torch.equal(stitch_crops(cropped.record, [1 - image], options=PLAIN).images, 1 - image)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.5, 1.5, 2.25])
+@pytest.mark.parametrize("rounded", [math.floor, round, math.ceil])
+def test_the_sides_of_a_resized_crop_are_rounded_as_they_may(scale, rounded):
+    mask = torch.zeros(1, 90, 120)
+    mask[:, 30:45, 20:89] = 1
+    bare = CropOptions(context_factor=1, context_pixels=0, min_size=0, target=None, multiple=1, max_aspect=100)
+    cropped = crop_to_mask(photo(), mask, bare)
+    came = torch.zeros(1, rounded(15 * scale), rounded(69 * scale), 3)
+    assert cropped.crops[0].shape[1:3] == (15, 69)
+    assert (stitch_crops(cropped.record, [came], options=PLAIN).images[mask == 1] == 0).all()
 
 
 @pytest.mark.parametrize(
