@@ -2,13 +2,16 @@
 
 Such a file is a ZIP archive of raw numbers and one pickle that says which tensor is where. A pickle names functions for
 Python to call; here only the few that describe tensors mean anything, and whatever else it names becomes an inert
-object. A TorchScript archive is built the same way; its code is never opened.
+object. A TorchScript archive is built the same way; its code is never opened. Nor can a small file ask for much memory:
+all that is read or built is in proportion to what the file holds.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,8 +35,13 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+MEMO_WRITERS = ("PUT", "BINPUT", "LONG_BINPUT")
 MODULE_PARTS = ("_modules", "_parameters", "_buffers")
 """Where a pickled module keeps what its weights' names are made of."""
+MAX_SHARED = 8
+"""How many times the size of the file its tensors may have, each with memory of its own."""
+METADATA = "__metadata__"
+"""What safetensors keeps for itself among the names."""
 WRAPPERS = ("state_dict", "model_state_dict", "params_ema", "params")
 """Under which checkpoints keep the weights beside other things."""
 
@@ -76,7 +84,10 @@ def read_pickled_weights(path: Path) -> dict[str, Tensor]:
             root = _Unpickler(archive).load()
             if isinstance(root, dict):
                 root = next((root[key] for key in WRAPPERS if isinstance(root.get(key), dict)), root)
-            tensors = {name: tensor.build(archive) for name, tensor in _tensors_in(root, set())}
+            plans = {_checked(name): plan for name, plan in _tensors_in(root, set())}
+            if sum(plan.bytes for plan in plans.values()) > MAX_SHARED * path.stat().st_size:
+                raise ValueError("tensors of many times the size of the file")
+            tensors = {name: plan.build(archive) for name, plan in plans.items()}
     except zipfile.BadZipFile as error:
         raise ModelFileError(
             f"{path.name} is not a PyTorch archive (those of before version 1.6 are not either): get the .safetensors"
@@ -99,14 +110,35 @@ _UNREADABLE = (
     TypeError,
     ValueError,
     AttributeError,
+    OverflowError,
     ImportError,
     RuntimeError,
     MemoryError,
 )
 
 
+def _checked(name: str) -> str:
+    name.encode()
+    if name == METADATA:
+        raise ValueError(f"a tensor named {METADATA}")
+    return name
+
+
+def _read(archive: zipfile.ZipFile, name: str) -> bytes:
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise ValueError("compressed, which PyTorch does not do")
+    return archive.read(name)
+
+
+class _Sealed:
+    """What a pickle can make but not alter."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a state for what has none")
+
+
 @dataclass(frozen=True)
-class _Storage:
+class _Storage(_Sealed):
     """A file of numbers in the archive."""
 
     name: str
@@ -115,7 +147,7 @@ class _Storage:
 
 
 @dataclass(frozen=True)
-class _TensorPlan:
+class _TensorPlan(_Sealed):
     """What a pickle says about a tensor; nothing is read yet."""
 
     storage: _Storage
@@ -123,11 +155,16 @@ class _TensorPlan:
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.size) * self.storage.dtype.itemsize
+
     def build(self, archive: zipfile.ZipFile) -> Tensor:
-        data = bytearray(archive.read(self.storage.name))
+        data = bytearray(_read(archive, self.storage.name))
         if len(data) != self.storage.length * self.storage.dtype.itemsize:
             raise ValueError("a storage of another length than the pickle says")
-        flat = torch.frombuffer(data, dtype=self.storage.dtype) if data else torch.empty(0, dtype=self.storage.dtype)
+        raw = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        flat = raw.view(self.storage.dtype)
         # checks that the view stays inside; safetensors wants tensors that share nothing
         return torch.as_strided(flat, self.size, self.stride, self.offset).clone().contiguous()
 
@@ -154,14 +191,20 @@ class _Dict(dict):
         pass
 
 
-def _plan_tensor(
-    storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> _TensorPlan:
-    return _TensorPlan(storage, offset, tuple(size), tuple(stride))
+class _PlanTensor(_Sealed):
+    """Called like a function; those have attributes that a pickle could set."""
+
+    def __new__(cls, storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Any:
+        if not isinstance(storage, _Storage) or any(side < 0 for side in size):
+            raise TypeError("no tensor")
+        return _TensorPlan(storage, int(offset), tuple(map(int, size)), tuple(map(int, stride)))
 
 
-def _plan_parameter(data: _TensorPlan, *_: Any) -> _TensorPlan:
-    return data
+class _PlanParameter(_Sealed):
+    """Called like a function, too."""
+
+    def __new__(cls, data: _TensorPlan, *_: Any) -> Any:
+        return data
 
 
 class _Unpickler(pickle.Unpickler):
@@ -171,13 +214,18 @@ class _Unpickler(pickle.Unpickler):
         name = next((n for n in archive.namelist() if PurePosixPath(n).name == "data.pkl"), None)
         if name is None:
             raise ValueError("no data.pkl")
-        super().__init__(io.BytesIO(archive.read(name)))
+        data = _read(archive, name)
+        for opcode, argument, _ in pickletools.genops(data):
+            # Python makes room for every number below
+            if opcode.name in MEMO_WRITERS and argument > len(data):
+                raise ValueError("more to remember than there is")
+        super().__init__(io.BytesIO(data))
         self._folder = PurePosixPath(name).parent
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
-            ("torch._utils", "_rebuild_tensor_v2"): _plan_tensor,
-            ("torch._utils", "_rebuild_parameter"): _plan_parameter,
+            ("torch._utils", "_rebuild_tensor_v2"): _PlanTensor,
+            ("torch._utils", "_rebuild_parameter"): _PlanParameter,
             ("collections", "OrderedDict"): _Dict,
         }
         if module == "torch" and name in STORAGES:

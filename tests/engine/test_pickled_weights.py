@@ -126,6 +126,78 @@ def test_what_cannot_be_read_is_named(write, words, tmp_path):
         read_pickled_weights(path)
 
 
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0\x30X\x03\0\0\0cpuK\x04tQ"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+def tensor(size=b"K\x04", stride=b"K\x01"):
+    """The opcodes of a tensor of four numbers."""
+    return REBUILD + b"(" + STORAGE + b"K\0(" + size + b"t(" + stride + b"t\x89}tR"
+
+
+def pickled(name, value, after=b""):
+    return b"\x80\x02}X" + len(name).to_bytes(4, "little") + name + value + b"s" + after + b"."
+
+
+def numbers(path, data, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as file:
+        file.writestr("model/data.pkl", data)
+        file.writestr("model/data/0", torch.arange(4.0).numpy().tobytes())
+    return path
+
+
+def test_the_hand_written_pickle_is_a_tensor(tmp_path):
+    tensors = read_pickled_weights(numbers(tmp_path / "model.pt", pickled(b"w", tensor())))
+    assert torch.equal(tensors["w"], torch.arange(4.0))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pickled(b"w", tensor(), REBUILD + b"}X\x01\0\0\0aK\x01sb0"),
+        pickled(b"w", tensor(), REBUILD + b"N}X\x0c\0\0\0__defaults__)s\x86b0"),
+        pickled(b"w", tensor() + b"}X\x04\0\0\0sizeK\x05sb"),
+        pickled(b"w", b"cmodule\nname\nN}X\x01\0\0\0aK\x01s\x86b"),
+        pickled(b"w", tensor(size=b"J\0\0\0\x20", stride=b"K\0")),
+        pickled(b"w", tensor(size=b"\x8a\x0a" + bytes(9) + b"\x01", stride=b"K\0")),
+        pickled(b"w", tensor(size=b"J\xfc\xff\xff\xff")),
+        pickled(b"w", REBUILD + b"(NK\0(K\x04t(K\x01t\x89}tR"),
+        pickled(b"w", tensor(), b"K\x01r\0\0\0\x080"),
+        pickled(b"__metadata__", tensor()),
+        pickled(b"\xed\xa0\x80", tensor()),
+    ],
+    ids=[
+        "attribute of a function",
+        "defaults of a function",
+        "altered plan",
+        "attribute of a class",
+        "two gigabytes from four numbers",
+        "too large for an integer",
+        "negative size",
+        "no storage",
+        "a gigabyte of memory for notes",
+        "reserved name",
+        "a name that is no text",
+    ],
+)
+def test_a_pickle_that_wants_more_than_its_tensors_is_refused(data, tmp_path):
+    with pytest.raises(ModelFileError, match=r"model.pt is damaged"):
+        read_pickled_weights(numbers(tmp_path / "model.pt", data))
+
+
+def test_one_storage_under_many_names_does_not_fill_the_memory(tmp_path):
+    table = torch.rand(1000)
+    torch.save({f"copy {index}": table for index in range(1000)}, tmp_path / "many.pt")
+    with pytest.raises(ModelFileError, match=r"many.pt is damaged"):
+        read_pickled_weights(tmp_path / "many.pt")
+
+
+def test_numbers_that_unfold_are_refused(tmp_path):
+    data = pickled(b"w", tensor())
+    with pytest.raises(ModelFileError, match=r"model.pt is damaged"):
+        read_pickled_weights(numbers(tmp_path / "model.pt", data, zipfile.ZIP_DEFLATED))
+
+
 def test_a_pickle_cannot_reach_beyond_its_numbers(tmp_path):
     torch.save({"weight": torch.ones(8)}, tmp_path / "good.pt")
     with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "cut.pt", "w") as cut:
