@@ -152,27 +152,29 @@ def plan_jobs(request: InpaintRequest, model: InpaintModel, seeds: tuple[int, ..
 
 
 def parts_of(request: InpaintRequest, model: InpaintModel, source: int) -> list[Part]:
-    """The parts of one input image; none where either mask is empty."""
+    """The parts of one input image, without those in which either mask is empty."""
     assert request.sampler_mask is not None
     stitch_mask, sampler_mask = request.mask[source : source + 1], request.sampler_mask[source : source + 1]
     touched = torch.maximum(stitch_mask, sampler_mask)
     box = bounding_box(touched)
-    if box is None or not (stitch_mask.any() and sampler_mask.any()):
+    if box is None:
         return []
     size, facts = images.size_of(request.image), model.facts
     if request.crop is Crop.OFF:
-        return [Part(source, crop.whole(size, facts.downscale), stitch_mask, sampler_mask)]
-    if request.crop is Crop.AUTO:
-        return [Part(source, crop.around(box, size, facts.native_size, facts.downscale), stitch_mask, sampler_mask)]
-    return [
-        Part(
-            source,
-            crop.around(region.box, size, facts.native_size, facts.downscale),
-            region.own(stitch_mask),
-            region.own(sampler_mask),
-        )
-        for region in regions(touched, APART)
-    ]
+        found = [Part(source, crop.whole(size, facts.downscale), stitch_mask, sampler_mask)]
+    elif request.crop is Crop.AUTO:
+        found = [Part(source, crop.around(box, size, facts.native_size, facts.downscale), stitch_mask, sampler_mask)]
+    else:
+        found = [
+            Part(
+                source,
+                crop.around(region.box, size, facts.native_size, facts.downscale),
+                region.own(stitch_mask),
+                region.own(sampler_mask),
+            )
+            for region in regions(touched, APART)
+        ]
+    return [part for part in found if part.stitch_mask.any() and part.sampler_mask.any()]
 
 
 def batches(jobs: list[Job]) -> list[list[Job]]:

@@ -439,6 +439,18 @@ def test_each_part_of_a_mask_gets_a_crop_of_its_own(model, monkeypatch):
     assert torch.allclose(first.images[0], result.images[0], atol=2e-4)
 
 
+def test_a_part_that_one_of_the_masks_lacks_is_left_alone(model, monkeypatch):
+    """Nothing is painted there, or nothing comes back: it would cost a run, or pass through the autoencoder."""
+    image, _ = photo_and_mask(700, 300)
+    joined, free = torch.zeros(2, 1, 300, 700)
+    joined[:, 20:40, 30:60] = joined[:, 200:220, 300:330] = 1
+    free[:, 20:40, 30:60] = free[:, 20:40, 600:640] = 1
+    told = canvases(monkeypatch)
+    result = run(model, image, joined, sampler_mask=free, crop=Crop.EACH)
+    assert sum(len(canvas.noise) for canvas in told) == 1
+    assert outside(result, image, joined * free) == 0
+
+
 def test_one_part_alone_is_what_auto_makes(model):
     image, mask = photo_and_mask()
     assert torch.equal(run(model, image, mask, crop=Crop.EACH).images, run(model, image, mask).images)
