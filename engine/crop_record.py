@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .crop import CropPlan, Outside
 from .fill import FillMethod
-from .images import as_images, size_of, to_bytes
+from .images import as_images, check_tensor, size_of, to_bytes
 from .outpaint import Padding
 from .types import MAX_PIXELS, MAX_SIDE, Box, InputError, Size, check_area
 
@@ -114,6 +114,7 @@ class CropRecord:
 
 def as_batch(image: Tensor) -> Tensor:
     """``as_images`` of a batch too large to look at all at once: its shape, without checking every value."""
+    check_tensor("image", image)
     batch = image[None] if image.ndim == 3 else image
     first = as_images(batch[:1])
     return batch.to(first.dtype).expand(-1, -1, -1, first.shape[-1])

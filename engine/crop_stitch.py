@@ -62,6 +62,7 @@ class _Frames:
 
     @classmethod
     def of(cls, image: Tensor, mask: Tensor, stitch_mask: Tensor | None, context_mask: Tensor | None) -> _Frames:
+        images.check_tensor("image", image)
         frames = cls(
             image if image.ndim == 4 else image[None],
             _batched(mask),
@@ -107,6 +108,7 @@ class _Frames:
 
 
 def _batched(mask: Tensor) -> Tensor:
+    images.check_tensor("mask", mask)
     return mask[None] if mask.ndim == 2 else mask
 
 

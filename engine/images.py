@@ -33,6 +33,7 @@ def as_images(image: Tensor) -> Tensor:
     Values already float32 are passed on untouched. Raises InputError for other shapes, integer types and empty or
     non-finite pictures.
     """
+    check_tensor("image", image)
     shape = "x".join(map(str, image.shape))
     if image.ndim == 3:
         image = image[None]
@@ -49,6 +50,13 @@ def as_images(image: Tensor) -> Tensor:
     if not _all_finite(image):
         raise InputError("The image holds NaN or infinite values; check the node that made it.")
     return image.expand(-1, -1, -1, 3) if image.shape[-1] == 1 else image
+
+
+def check_tensor(what: str, value: object) -> None:
+    """Raises InputError for anything else: ComfyUI checks the type of links only, and an API graph can hold a file's
+    name where a link belongs."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"The {what} is {str(value)[:80]!r}; connect the output of a node, such as Load Image.")
 
 
 def as_masks(mask: Tensor, images: Tensor) -> Tensor:
@@ -85,6 +93,7 @@ def as_mask_batch(mask: Tensor) -> Tensor:
 
     Values within NEARLY of 0 and 1 become 0 and 1.
     """
+    check_tensor("mask", mask)
     shape = "x".join(map(str, mask.shape))
     if mask.ndim == 2:
         mask = mask[None]

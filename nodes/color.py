@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..engine.color import ApplyTo, ColorMatch, match_around
+from ..engine.types import InputError
 from .progress import image_progress
 
 METHODS = [method.value for method in ColorMatch]
@@ -108,6 +109,8 @@ class MendColorMatch(io.ComfyNode):
         apply_to: str = ApplyTo.WHOLE.value,
         max_shift: float = 1.0,
     ) -> io.NodeOutput:
+        if mask is None and apply_to == ApplyTo.MASK:
+            raise InputError("apply_to is mask, but no mask is connected; connect one, or choose whole.")
         matched = match_around(
             image,
             reference,

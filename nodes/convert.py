@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from comfy_api.latest import io
+
+from ..engine.types import InputError
+
+T = TypeVar("T")
 
 ModelType = io.Custom("MEND_MODEL")
 """Carries a comfy_host.MendModel."""
@@ -12,3 +18,10 @@ CropType = io.Custom("MEND_CROP")
 """Carries an engine.crop_record.CropRecord."""
 FillModelType = io.Custom("MEND_FILL_MODEL")
 """Carries a fill.LoadedFillModel."""
+
+
+def connected(name: str, value: object, kind: type[T], source: str) -> T:
+    """What came through a wire of ours. The host checks links only; an API graph can hold anything."""
+    if not isinstance(value, kind):
+        raise InputError(f"{name} is {str(value)[:80]!r}; connect {source} to it.")
+    return value

@@ -14,10 +14,11 @@ from ..engine.crop import KEEP_SCALE, MAX_ASPECT, MIN_CONTEXT, CanvasSize, CropO
 from ..engine.crop_record import CropRecord, load, save
 from ..engine.crop_stitch import Separate, crop_to_mask, stitch_crops
 from ..engine.fill import NETWORKS, FillMethod
+from ..engine.images import check_tensor
 from ..engine.regions import MAX_SMOOTHING, Video
 from ..engine.stitch import StitchOptions
 from ..engine.types import MAX_SEED, MAX_SIDE, Blend, InputError, Size
-from .convert import CropType
+from .convert import CropType, connected
 from .progress import image_progress
 
 RECORDS = "mend-crops"
@@ -389,7 +390,7 @@ class MendStitch(io.ComfyNode):
         cls, image: list[Tensor], crop: list[CropRecord], original: list[Tensor] | None = None, **options: list[Any]
     ) -> io.NodeOutput:
         stitched = stitch_crops(
-            _only("crop", crop),
+            connected("crop", _only("crop", crop), CropRecord, "Crop to Mask (Mend)"),
             image,
             _one_batch(original) if original else None,
             StitchOptions(**{name: _only(name, values) for name, values in options.items()}),
@@ -424,6 +425,7 @@ class MendSaveCrop(io.ComfyNode):
 
     @classmethod
     def execute(cls, crop: CropRecord, filename_prefix: str) -> io.NodeOutput:
+        crop = connected("crop", crop, CropRecord, "Crop to Mask (Mend)")
         prefix = Path(filename_prefix.strip() or "crop")
         if prefix.is_absolute() or ".." in prefix.parts or "\\" in filename_prefix:
             raise InputError(
@@ -492,6 +494,8 @@ def _only(name: str, values: list[Any]) -> Any:
 
 
 def _one_batch(originals: list[Tensor]) -> Tensor:
+    for batch in originals:
+        check_tensor("original", batch)
     if len({tuple(batch.shape[1:]) for batch in originals}) > 1:
         raise InputError("The originals came as a list of pictures of several sizes; connect the batch that was cut.")
     return originals[0] if len(originals) == 1 else torch.cat(originals)

@@ -15,9 +15,9 @@ from ..engine.fill import MAX_RADIUS, FillMethod, fill
 from ..engine.images import pair
 from ..engine.masks import MAX_PIXELS
 from ..engine.models.fill_model import FOLDER, SUPPORTED, FillModel, find_fill_models, load_fill_model
-from ..engine.types import MAX_SEED, InputError, ModelFileError
+from ..engine.types import MAX_SEED, ModelFileError
 from .comfy_host import ComfyHost
-from .convert import FillModelType
+from .convert import FillModelType, connected
 from .progress import part_progress
 
 METHODS = [method.value for method in FillMethod]
@@ -47,6 +47,12 @@ class LoadedFillModel:
     def get_ram_usage(self) -> int:
         """Bytes; the RAM-pressure cache of ComfyUI before 0.28 asks."""
         return sum(patcher.model_size() for patcher in self.host.patchers)
+
+
+def as_network(fill_model: LoadedFillModel | None) -> FillModel | None:
+    if fill_model is None:
+        return None
+    return connected("fill_model", fill_model, LoadedFillModel, "Load Fill Model (Mend)").network
 
 
 def find_models() -> dict[str, Path]:
@@ -205,9 +211,6 @@ class MendFill(io.ComfyNode):
         seed: int = 0,
         fill_model: LoadedFillModel | None = None,
     ) -> io.NodeOutput:
-        if fill_model is not None and not isinstance(fill_model, LoadedFillModel):
-            # the host checks links only; an API graph can hold anything
-            raise InputError(f"fill_model is {str(fill_model)[:80]!r}; connect Load Fill Model (Mend) to it.")
         image, mask = pair(image, mask)
         if grow > 0:
             mask = masks.grow(mask, grow)
@@ -217,7 +220,7 @@ class MendFill(io.ComfyNode):
             FillMethod(method),
             radius=radius or None,
             seed=seed,
-            network=None if fill_model is None else fill_model.network,
+            network=as_network(fill_model),
             on_progress=part_progress("Filling"),
         )
         return io.NodeOutput(filled)

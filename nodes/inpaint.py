@@ -9,9 +9,9 @@ from comfy_api.latest import io, ui
 
 from ..engine.inpaint import inpaint
 from ..engine.schedulers import SCHEDULERS
-from ..engine.types import MAX_SEED, MAX_SIDE, Blend, Compat, Crop, InpaintRequest, InputError, Sigmas
+from ..engine.types import MAX_SEED, MAX_SIDE, Blend, Compat, Crop, InpaintRequest, Sigmas
 from .comfy_host import MendModel
-from .convert import ModelType
+from .convert import ModelType, connected
 
 log = logging.getLogger("mend")
 
@@ -243,9 +243,7 @@ class MendInpaint(io.ComfyNode):
         color_match: float = 1.0,
         grain: float = 0.0,
     ) -> io.NodeOutput:
-        if not isinstance(model, MendModel):
-            # the host checks links only; an API graph can hold anything
-            raise InputError(f"model is {str(model)[:80]!r}; connect Load Model (Mend) to it.")
+        model = connected("model", model, MendModel, "Load Model (Mend)")
         request = InpaintRequest(
             image=image,
             mask=mask,

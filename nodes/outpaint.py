@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..engine.fill import FillMethod, FillNetwork
+from ..engine.fill import FillMethod
 from ..engine.outpaint import (
     MAX_MULTIPLE,
     MAX_PADDING,
@@ -24,8 +24,8 @@ from ..engine.outpaint import (
 from ..engine.outpaint_steps import GrowthOptions, outpaint
 from ..engine.types import MAX_SIDE, Blend, InpaintRequest, InputError, Sigmas
 from .comfy_host import MendModel
-from .convert import FillModelType, ModelType
-from .fill import LoadedFillModel
+from .convert import FillModelType, ModelType, connected
+from .fill import LoadedFillModel, as_network
 from .inpaint import MendInpaint
 from .progress import part_progress
 
@@ -78,15 +78,6 @@ def fill_model_input() -> io.Input:
     return FillModelType.Input(
         "fill_model", optional=True, tooltip="From Load Fill Model (Mend): for the fills lama and mat."
     )
-
-
-def as_network(fill_model: LoadedFillModel | None) -> FillNetwork | None:
-    if fill_model is None:
-        return None
-    if not isinstance(fill_model, LoadedFillModel):
-        # the host checks links only; an API graph can hold anything
-        raise InputError(f"fill_model is {str(fill_model)[:80]!r}; connect Load Fill Model (Mend) to it.")
-    return fill_model.network
 
 
 def room_inputs() -> list[io.Input]:
@@ -381,9 +372,7 @@ class MendOutpaint(io.ComfyNode):
         grain: float = 0.0,
         fill_model: LoadedFillModel | None = None,
     ) -> io.NodeOutput:
-        if not isinstance(model, MendModel):
-            # the host checks links only; an API graph can hold anything
-            raise InputError(f"model is {str(model)[:80]!r}; connect Load Model (Mend) to it.")
+        model = connected("model", model, MendModel, "Load Model (Mend)")
         options = GrowthOptions(
             growth=Length(growth),
             overlap=overlap,

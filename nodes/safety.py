@@ -22,9 +22,8 @@ from ..engine.safety import (
     find_safety_checkers,
     load_safety_checker,
 )
-from ..engine.types import InputError
 from .comfy_host import ComfyHost
-from .convert import SafetyCheckerType
+from .convert import SafetyCheckerType, connected
 
 log = logging.getLogger("mend")
 
@@ -189,9 +188,7 @@ class MendSafetyCheck(io.ComfyNode):
     ) -> io.NodeOutput:
         if checker is None:
             checker = load_choice(BUILT_IN_CHOICE)
-        elif not isinstance(checker, LoadedChecker):
-            # the host checks links only; an API graph can hold anything
-            raise InputError(f"checker is {str(checker)[:80]!r}; connect Load Safety Checker (Mend) to it, or nothing.")
+        checker = connected("checker", checker, LoadedChecker, "Load Safety Checker (Mend)")
         result = check(images, checker, threshold=threshold, action=SafetyAction(action))
         summary = summarise(result, checker.name, threshold)
         if result.flagged:
