@@ -164,16 +164,17 @@ def mask_report(mask: Tensor, downscale: int = 8) -> MaskReport:
 def preview(
     image: Tensor | None, mask: Tensor, reports: Sequence[MaskReport], on_image: OnImage | None = None
 ) -> Tensor:
-    """Pictures [B, h, w, 3] that show masks [B, H, W] on ``image`` [B or 1, H, W, C], or on grey without one.
+    """Pictures [B, h, w, 3] that show masks [B or 1, H, W] on ``image`` [B or 1, H, W, C], or on grey without one.
 
     Each has the mask as a tint as strong as its value, an outline around all that is above 0, the bounding box, the
     cells that bilinear resampling would lose, and the numbers of its report underneath. The longest side is brought to
-    512..1024 pixels. Raises InputError for an image that does not fit the masks.
+    512..1024 pixels. ``reports`` has one for each mask. Raises InputError for an image that does not fit the masks.
     """
     if image is None:
         mask = images.as_mask_batch(mask)
         image = torch.full((len(mask), *mask.shape[1:], 3), 0.5)
     pictures, masks = images.pair(image, mask)
+    reports = list(reports) * len(masks) if len(reports) == 1 else reports
     drawn = []
     for index, (picture, one, report) in enumerate(zip(pictures, masks, reports, strict=True)):
         drawn.append(_draw(picture[..., :3].detach().cpu(), one.detach().cpu(), report))

@@ -100,6 +100,15 @@ def drawn(image, mask):
     return preview(image, mask, [mask_report(one) for one in mask])
 
 
+def test_one_mask_is_shown_on_each_of_several_pictures():
+    pictures = torch.rand(3, 40, 56, 3, generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros(1, 40, 56)
+    mask[:, 8:24, 8:40] = 1
+    report = mask_report(mask)
+    together = preview(pictures, mask, [report])
+    assert torch.equal(together, torch.cat([preview(picture[None], mask, [report]) for picture in pictures]))
+
+
 def has(picture, colour):
     return (picture == torch.tensor(colour) / 255).all(dim=-1)
 
