@@ -228,7 +228,7 @@ def outpaint(
     plan = plan_stages(request.mask, original, window, options)
     canvas = request.image.repeat_interleave(request.count, dim=0)
     if not plan:
-        notice = "No room was added: the picture is returned as it came."
+        notice = "No room was added, so nothing was painted."
         return InpaintResult(images=canvas, mask=request.mask, seeds=seeds, notices=(notice,))
 
     windows = sum(len(stage.windows) for stage in plan)

@@ -155,4 +155,4 @@ def test_outpaint_moves_one_bar_over_all_its_windows(client, photo, model):
 def test_outpaint_without_room_returns_the_picture_with_a_notice(client, photo, model):
     picture, *_, shown = result(client, outpaint(photo))
     assert np.array_equal(picture, photo[1])
-    assert shown == ["No room was added: the picture is returned as it came."]
+    assert shown == ["No room was added, so nothing was painted."]

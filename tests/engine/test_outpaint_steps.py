@@ -352,7 +352,7 @@ def test_no_room_gives_the_picture_back_with_a_notice(nine):
     image, padded = padded_photo(Padding())
     result = run(nine, padded, count=2)
     assert torch.equal(result.images, image.expand(2, -1, -1, -1))
-    assert result.notices == ("No room was added: the picture is returned as it came.",)
+    assert result.notices == ("No room was added, so nothing was painted.",)
 
 
 def test_strength_0_gives_the_canvas_back(nine):
