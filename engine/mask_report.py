@@ -168,13 +168,17 @@ def preview(
 
     Each has the mask as a tint as strong as its value, an outline around all that is above 0, the bounding box, the
     cells that bilinear resampling would lose, and the numbers of its report underneath. The longest side is brought to
-    512..1024 pixels. ``reports`` has one for each mask. Raises InputError for an image that does not fit the masks.
+    512..1024 pixels. ``reports`` has one for each mask; an image of another size is brought to theirs. Raises
+    InputError for an image that does not fit the masks.
     """
+    masks = images.as_mask_batch(mask)
     if image is None:
-        mask = images.as_mask_batch(mask)
-        image = torch.full((len(mask), *mask.shape[1:], 3), 0.5)
-    pictures, masks = images.pair(image, mask)
-    reports = list(reports) * len(masks) if len(reports) == 1 else reports
+        image = torch.full((len(masks), *masks.shape[1:], 3), 0.5)
+    pictures, _ = images.pair(image, masks)
+    # the reports count the masks' own pixels
+    pictures = images.resize(pictures, images.size_of(masks))
+    if len(masks) == 1:
+        masks, reports = masks.expand(len(pictures), -1, -1), list(reports) * len(pictures)
     drawn = []
     for index, (picture, one, report) in enumerate(zip(pictures, masks, reports, strict=True)):
         drawn.append(_draw(picture[..., :3].detach().cpu(), one.detach().cpu(), report))

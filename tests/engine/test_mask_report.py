@@ -109,6 +109,14 @@ def test_one_mask_is_shown_on_each_of_several_pictures():
     assert torch.equal(together, torch.cat([preview(picture[None], mask, [report]) for picture in pictures]))
 
 
+@pytest.mark.parametrize("times", [0.5, 2])
+def test_a_picture_of_another_size_is_shown_with_the_masks_own_cells(times):
+    mask = torch.zeros(1, 600, 800)
+    mask[:, 400:402, 500:700] = 1
+    sides = (1, round(600 * times), round(800 * times), 3)
+    assert torch.allclose(drawn(torch.full(sides, 0.5), mask), drawn(None, mask), atol=1.1 / 255)
+
+
 def has(picture, colour):
     return (picture == torch.tensor(colour) / 255).all(dim=-1)
 
