@@ -134,13 +134,18 @@ def _fit_mask(mask: Tensor, size: Size) -> Tensor:
             "No mask is painted: Load Image gives an empty 64x64 mask for a picture without transparency, so"
             " right-click the picture, open the Mask Editor and paint what to change."
         )
-    if abs(came.width * size.height / (came.height * size.width) - 1) > ASPECT_TOLERANCE:
+    if not same_shape(came, size):
         hint = " (Load Image gives 64x64 where nothing is painted)" if came == PLACEHOLDER else ""
         raise InputError(
             f"The mask is {came}{hint} but the image is {size}, another shape; make the mask from this image, or resize"
             f" it to {size}."
         )
     return resize_mask(mask, size)
+
+
+def same_shape(one: Size, other: Size) -> bool:
+    """Whether one may be the other resized: the aspect ratios differ by no more than ASPECT_TOLERANCE."""
+    return abs(one.width * other.height / (one.height * other.width) - 1) <= ASPECT_TOLERANCE
 
 
 def resize(images: Tensor, size: Size) -> Tensor:

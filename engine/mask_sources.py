@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import morphology
 from .color import srgb_to_lab
-from .images import as_images, as_mask_batch, resize_mask, size_of
+from .images import as_images, as_mask_batch, resize_mask, same_shape, size_of
 from .types import InputError, check_range
 
 MAX_TOLERANCE = 100.0
@@ -24,8 +24,6 @@ MAX_TOLERANCE = 100.0
 ROUNDING = 1e-3
 """Distances closer than this are taken as equal, so that a colour is never lost to the rounding of float32."""
 MAX_NOISE = 16.0
-ASPECT_TOLERANCE = 0.02
-"""Relative difference of aspect ratio up to which a second mask is taken for a resized one."""
 STRIP = 2**20
 """Pixels whose colours are compared at once."""
 
@@ -136,7 +134,7 @@ def combine(a: Tensor, b: Tensor, operation: Operation) -> Tensor:
     first, second = as_mask_batch(a), as_mask_batch(b)
     second = second.to(first.device)
     size, other = size_of(first), size_of(second)
-    if abs(other.width * size.height / (other.height * size.width) - 1) > ASPECT_TOLERANCE:
+    if not same_shape(other, size):
         raise InputError(
             f"The first mask is {size} and the second {other}, another shape; make both from the same picture, or"
             " resize one (Load Image gives 64x64 where nothing is painted)."
