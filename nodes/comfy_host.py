@@ -224,12 +224,13 @@ def _devices(role: Role) -> tuple[torch.device, torch.device]:
     return mm.text_encoder_device(), mm.text_encoder_offload_device()
 
 
-@dataclass(frozen=True, eq=False)
-class MendModel:
-    """What travels on a MEND_MODEL wire. It owns its modules, and through them the patchers: ComfyUI only has weak
-    references, so a model that leaves the cache leaves memory."""
+class OnWire:
+    """What ComfyUI asks of an output that holds models.
 
-    model: InpaintModel
+    It owns the modules, and through them the patchers: ComfyUI only has weak references, so a model that leaves the
+    cache leaves memory.
+    """
+
     host: ComfyHost
 
     @property
@@ -244,3 +245,11 @@ class MendModel:
     def get_ram_usage(self) -> int:
         """Bytes; the RAM-pressure cache of ComfyUI before 0.28 asks."""
         return sum(patcher.model_size() for patcher in self.host.patchers)
+
+
+@dataclass(frozen=True, eq=False)
+class MendModel(OnWire):
+    """What travels on a MEND_MODEL wire."""
+
+    model: InpaintModel
+    host: ComfyHost

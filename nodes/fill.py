@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import folder_paths
-from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from ..engine.images import pair
 from ..engine.masks import MAX_PIXELS
 from ..engine.models.fill_model import FOLDER, SUPPORTED, FillModel, find_fill_models, load_fill_model
 from ..engine.types import MAX_SEED, ModelFileError
-from .comfy_host import ComfyHost
+from .comfy_host import ComfyHost, OnWire
 from .convert import FillModelType, connected
 from .progress import part_progress
 
@@ -29,24 +28,11 @@ FOLDER_HINT = (
 
 
 @dataclass(frozen=True, eq=False)
-class LoadedFillModel:
-    """What travels on a MEND_FILL_MODEL wire: a network that owns the patcher of its weights."""
+class LoadedFillModel(OnWire):
+    """What travels on a MEND_FILL_MODEL wire."""
 
     network: FillModel
     host: ComfyHost = field(default_factory=ComfyHost)
-
-    @property
-    def patcher(self) -> ModelPatcher | None:
-        """By it ComfyUI's cache knows an output that holds a model."""
-        return next(iter(self.host.patchers), None)
-
-    def get_models(self) -> list[ModelPatcher]:
-        """For ComfyUI, which keeps the models of the running prompt in fast memory."""
-        return self.host.patchers
-
-    def get_ram_usage(self) -> int:
-        """Bytes; the RAM-pressure cache of ComfyUI before 0.28 asks."""
-        return sum(patcher.model_size() for patcher in self.host.patchers)
 
 
 def as_network(fill_model: LoadedFillModel | None) -> FillModel | None:
