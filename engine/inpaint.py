@@ -198,7 +198,7 @@ def prepare_canvas(
 ) -> Canvas:
     """The jobs' crops in latent space, each with noise of its own seed.
 
-    The hole is every pixel the stitch mask touches at all, so that an inpainting model sees nothing of what it is to
+    The hole is every pixel the sampler's mask touches at all, so that an inpainting model sees nothing of what it is to
     replace, and a latent cell is repainted when any of its pixels is in the hole: strokes thinner than a cell survive.
     The VAE's posterior mean is used, where diffusers draws a sample.
     """
