@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comfyui_mend.engine import crop_stitch
-from comfyui_mend.engine.crop import SDXL_SIZES, Area, CropOptions, Sizes
+from comfyui_mend.engine.crop import SDXL_SIZES, Area, CropOptions, Overflow, Sizes
+from comfyui_mend.engine.crop_record import load, save
 from comfyui_mend.engine.crop_stitch import Separate, crop_to_mask, stitch_crops
-from comfyui_mend.engine.images import NEARLY
+from comfyui_mend.engine.images import NEARLY, resize, size_of
 from comfyui_mend.engine.masks import feather
 from comfyui_mend.engine.regions import Video
 from comfyui_mend.engine.stitch import Blend, Stitched, StitchOptions
@@ -131,6 +132,53 @@ def test_any_masks_round_trip(size, seed, density, options, separate, batch):
     assert torch.equal(back[mask == 0], image[mask == 0])
     if options is OWN_SIZE:
         assert torch.equal(back[mask == 1], repaint([image])[0][mask == 1])
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_whatever_is_combined_the_outside_keeps_its_bits(data, tmp_path_factory):
+    """Crops extended, resampled, taken apart, sent through the disk, enlarged and painted, in any combination."""
+    one_of = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    batch, channels, (height, width) = one_of(1, 2), one_of(1, 3, 4), one_of((1, 1), (33, 7), (61, 85), (129, 64))
+    image = torch.rand(batch, height, width, channels, generator=generator)
+    mask = torch.zeros(batch, height, width)
+    for _ in range(one_of(0, 1, 3)):
+        top, left = one_of(0, height // 2, height - 1), one_of(0, width // 3, width - 1)
+        mask[one_of(0, -1), top : top + one_of(1, 20), left : left + one_of(1, 20)] = one_of(0.3, 1.0)
+    options = CropOptions(
+        context_factor=one_of(1, 1.5, 4),
+        context_pixels=one_of(0, 5, 60),
+        min_size=one_of(0, 100),
+        target=one_of(None, Area(1024), Area(128 * 128), Sizes((Size(64, 128), Size(128, 64)))),
+        multiple=one_of(1, 8, 64),
+        keep_scale=one_of(0, 0.25, 0.9),
+        max_aspect=one_of(1, 2, 100),
+        overflow=one_of(*Overflow),
+        fill=one_of("edge", "mirror", "noise", "blur"),
+        mask_outside=one_of(True, False),
+    )
+    stitch_mask = one_of(mask, feather(mask, 12))
+    video, separate = one_of(
+        (Video.OFF, Separate.EACH),
+        (Video.OFF, Separate.TOGETHER),
+        (Video.UNION, Separate.EACH),
+        (Video.UNION, Separate.TOGETHER),
+        (Video.SMOOTHED, Separate.TOGETHER),
+    )
+    cropped = crop_to_mask(image, mask, options, stitch_mask=stitch_mask, separate=separate, video=video)
+    colour = image.expand(-1, -1, -1, max(channels, 3))
+    assert torch.equal(stitch_crops(cropped.record, cropped.crops).images, colour)
+    painted = [torch.rand(crop.shape, generator=generator) for crop in cropped.crops]
+    scale = one_of(1, 2, 1.5)
+    painted = [resize(crop, Size(*(round(side * scale) for side in size_of(crop)))) for crop in painted]
+    how = StitchOptions(blend=one_of(*Blend), color_match=one_of(0, 1), grain=one_of(0, 1))
+    back = stitch_crops(cropped.record, painted, options=how).images
+    assert torch.equal(back[stitch_mask < NEARLY], colour[stitch_mask < NEARLY])
+    assert bool(torch.isfinite(back).all()) and float(back.min()) >= 0 and float(back.max()) <= 1
+    record = load(save(cropped.record, tmp_path_factory.mktemp("record")))
+    later = stitch_crops(record, painted, image, how)
+    assert torch.equal(later.images, back) and "not what was cut" not in "".join(later.reports)
 
 
 # --- batches
