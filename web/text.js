@@ -28,8 +28,9 @@ function textWidget(node) {
     setValue: () => {},
   });
   widget.serialize = false;
+  // a saved node may have this room already
   const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1] + HEIGHT, height)]);
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
   return widget;
 }
 
