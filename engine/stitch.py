@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .blend import MAX_SHIFT, paste
+from .blend import paste
 from .grain import add_grain
 from .images import as_images, as_masks, pair, size_of
 from .masks import bounding_box, expand_box
@@ -26,6 +26,8 @@ from .registration import TAPS, Shift, apply_shift, shift_between
 from .tone import RING_PIXELS, measure_tone, seam_step
 from .types import MAX_SEED, Blend, Box, InputError, check_range
 
+MAX_SHIFT = 16 / 255
+"""The largest colour correction: beyond it the difference is content, not the VAE's tone shift."""
 SMALL_ERROR = 0.5 / 255
 """A tone difference along the rim that nobody sees."""
 LEAST_SHIFT = 0.05
