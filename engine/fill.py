@@ -39,6 +39,9 @@ GRAIN_SIGMA = 4.0
 MAX_REFLECTIONS = 16
 """How often a pixel that is mirrored into the hole is mirrored again, before it takes the nearest one."""
 
+OPENCV_LEAST_SIDE = 2
+"""Pixels; in a single row or column OpenCV's fills read beyond the picture."""
+
 OnProgress = Callable[[float, int], None]
 """Called often with (images done, also in parts; images in all); may raise to stop."""
 
@@ -322,16 +325,26 @@ def _fill_noise(pixels: FloatArray, hole: Hole, options: _Options) -> FloatArray
 
 def _fill_telea(pixels: FloatArray, hole: Hole, options: _Options) -> FloatArray:
     cv2 = opencv()
-    if cv2 is None:
+    if cv2 is None or min(hole.shape) < OPENCV_LEAST_SIDE:
         return telea(pixels, hole, options.radius)
-    return from_bytes(cv2.inpaint(to_bytes(pixels), hole.astype(np.uint8), options.radius, cv2.INPAINT_TELEA))
+    source = to_bytes(_covered(pixels, hole))
+    return from_bytes(cv2.inpaint(source, hole.astype(np.uint8), options.radius, cv2.INPAINT_TELEA))
 
 
 def _fill_navier_stokes(pixels: FloatArray, hole: Hole, options: _Options) -> FloatArray:
     cv2 = opencv()
-    if cv2 is None:
+    if cv2 is None or min(hole.shape) < OPENCV_LEAST_SIDE:
         return navier_stokes(pixels, hole, options.radius)
-    return from_bytes(cv2.inpaint(to_bytes(pixels), hole.astype(np.uint8), options.radius, cv2.INPAINT_NS))
+    source = to_bytes(_covered(pixels, hole))
+    return from_bytes(cv2.inpaint(source, hole.astype(np.uint8), options.radius, cv2.INPAINT_NS))
+
+
+def _covered(pixels: FloatArray, hole: Hole) -> FloatArray:
+    """With each pixel's nearest kept one under a hole that meets the border: there OpenCV looks at what is under it."""
+    if not (hole[[0, -1]].any() or hole[:, [0, -1]].any()):
+        return pixels
+    rows, columns = _nearest_kept(hole)
+    return pixels[rows, columns]
 
 
 def _fill_patchmatch(pixels: FloatArray, hole: Hole, options: _Options) -> FloatArray:

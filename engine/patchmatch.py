@@ -7,7 +7,6 @@ resolution, and so on, and gets its detail from the picture: see ``detail``.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYetError
@@ -28,8 +27,8 @@ POLL_SECONDS = 0.1
 
 Bytes = npt.NDArray[np.uint8]
 
-# the native library keeps its seed in a global
-_lock = threading.Lock()
+# one after the other: the native library keeps its seed in a global
+_worker = ThreadPoolExecutor(1, thread_name_prefix="patchmatch")
 
 
 def patchmatch(pixels: FloatArray, hole: Hole, radius: int, seed: int, check: Check) -> FloatArray:
@@ -55,9 +54,8 @@ def _synthesise(pixels: FloatArray, hole: Hole, radius: int, seed: int, check: C
     mirrored = np.pad(hole, frame, mode="symmetric")
 
     def run() -> Bytes:
-        with _lock:
-            library.set_random_seed(seed)
-            return library.inpaint(source, mirrored, patch_size=radius)
+        library.set_random_seed(seed)
+        return library.inpaint(source, mirrored, patch_size=radius)
 
     found = _wait_for(run, check)[frame : frame + hole.shape[0], frame : frame + hole.shape[1]]
     filled = from_bytes(found)
@@ -69,17 +67,18 @@ def _synthesise(pixels: FloatArray, hole: Hole, radius: int, seed: int, check: C
 
 
 def _wait_for(run: Callable[[], Bytes], check: Check) -> Bytes:
-    """The result of ``run``, which cannot be stopped: when ``check`` raises, it ends unheard."""
-    executor = ThreadPoolExecutor(1)
-    future: Future[Bytes] = executor.submit(run)
-    executor.shutdown(wait=False)
-    while True:
-        check()
-        try:
-            return future.result(timeout=POLL_SECONDS)
-        except NotYetError:
-            if future.done():
-                raise
+    """The result of ``run``; when ``check`` raises it ends unheard, for it cannot be stopped, or does not begin."""
+    future: Future[Bytes] = _worker.submit(run)
+    try:
+        while True:
+            check()
+            try:
+                return future.result(timeout=POLL_SECONDS)
+            except NotYetError:
+                if future.done():
+                    raise
+    finally:
+        future.cancel()
 
 
 def _require_library() -> ModuleType:

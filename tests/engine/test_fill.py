@@ -1,6 +1,7 @@
 """Fills: only the hole changes, and it is filled with what belongs there."""
 
 import builtins
+import threading
 
 import numpy as np
 import pytest
@@ -498,3 +499,41 @@ def test_patchmatch_can_be_stopped_while_it_runs():
     small = hole()
     again = fill(noise(), small, FillMethod.PATCHMATCH, seed=1)
     assert torch.equal(fill(noise(), small, FillMethod.PATCHMATCH, seed=1), again)
+
+
+def test_stopped_syntheses_that_had_not_begun_never_begin(monkeypatch):
+    library = pytest.importorskip("patchmatch").patch_match
+    free, sizes = threading.Event(), []
+
+    def inpaint(source, hole, patch_size):
+        sizes.append(len(source))
+        assert free.wait(30)
+        return source
+
+    monkeypatch.setattr(library, "inpaint", inpaint)
+
+    for side in (50, 60, 70):
+        looks = iter([True, True])
+
+        def stop(done, total, looks=looks):
+            if not next(looks, False):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fill(noise(side, side), hole(side, side), FillMethod.PATCHMATCH, on_progress=stop)
+    free.set()
+    fill(noise(80, 80), hole(80, 80), FillMethod.PATCHMATCH)
+    assert sizes == [50, 80]
+
+
+# --- OpenCV
+
+
+@pytest.mark.parametrize("method", [FillMethod.TELEA, FillMethod.NAVIER_STOKES])
+@pytest.mark.parametrize("size", [(33, 40), (3, 17), (17, 2), (1, 17), (17, 1)])
+def test_what_is_under_a_hole_at_the_border_stays_unseen(method, size):
+    image, corner = noise(*size), hole(*size, rows=slice(0, 4), columns=slice(0, 4))
+    other = torch.where(corner[..., None] > 0, 1 - image, image)
+    filled = fill(image, corner, method)
+    assert torch.equal(fill(other, corner, method), filled)
+    assert torch.isfinite(filled).all()
