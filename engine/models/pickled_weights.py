@@ -217,7 +217,7 @@ class _Unpickler(pickle.Unpickler):
         data = _read(archive, name)
         for opcode, argument, _ in pickletools.genops(data):
             # Python makes room for every number below
-            if opcode.name in MEMO_WRITERS and argument > len(data):
+            if opcode.name in MEMO_WRITERS and isinstance(argument, int) and argument > len(data):
                 raise ValueError("more to remember than there is")
         super().__init__(io.BytesIO(data))
         self._folder = PurePosixPath(name).parent
