@@ -103,12 +103,18 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host) -> Inpaint
                 reports[job.output] += paste_job(request, job, pixels[None].to(results), cells.to(results), results)
         done += schedule.evaluations
     untouched = request.image.shape[0] - len({job.part.source for job in jobs})
-    notices = (f"{untouched} of the masks are empty: their pictures are returned as they came.",) if untouched else ()
+    notices = [f"{untouched} of the masks are empty: their pictures are returned as they came."] if untouched else []
+    strongest = max(float(job.part.stitch_mask.max()) for job in jobs)
+    if strongest < 1:
+        notices.append(
+            f"The mask is nowhere above {strongest:.2g}, so the original shows through; set a threshold in Prepare Mask"
+            " where it should not."
+        )
     return InpaintResult(
         images=results,
         mask=request.mask,
         seeds=seeds,
-        notices=notices,
+        notices=tuple(notices),
         reports=tuple("; ".join(lines) for lines in reports),
         timings=dict(clock.seconds),
     )

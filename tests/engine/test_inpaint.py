@@ -192,6 +192,13 @@ def test_the_empty_masks_of_a_batch_are_counted(nine):
     assert "1 of the masks" in result.notices[0]
 
 
+def test_a_mask_that_lets_the_original_show_through_is_told(nine):
+    image, mask = photo_and_mask()
+    (notice,) = run(nine, image, mask * 0.6).notices
+    assert "nowhere above 0.6" in notice and "threshold" in notice
+    assert run(nine, image, mask).notices == run(nine, image, mask * 0.6, soft=True).notices == ()
+
+
 def test_load_images_placeholder_mask_is_refused(nine):
     image, _ = photo_and_mask()
     with pytest.raises(InputError, match="No mask is painted"):
