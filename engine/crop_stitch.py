@@ -308,7 +308,8 @@ def stitch_crops(
             if on_image is not None:
                 on_image(done, total)
     lines = tuple(f"picture {index + 1}: {'; '.join(said)}" for index, said in enumerate(reports))
-    return Stitched(results, (*record.notices(originals), *lines))
+    notices = record.notices(originals)
+    return Stitched(results, (*notices, *lines), notices)
 
 
 def _paintings(record: CropRecord, painted: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -69,6 +69,8 @@ class Stitched:
     """[B, H, W, C] as the originals; where the mask is 0 they are the originals bit for bit."""
     reports: tuple[str, ...] = ()
     """One line for each picture: the blend that was used and the figures behind it."""
+    notices: tuple[str, ...] = ()
+    """What the user should see of it."""
 
 
 def stitch(

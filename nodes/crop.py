@@ -20,6 +20,7 @@ from ..engine.stitch import StitchOptions
 from ..engine.types import MAX_SEED, MAX_SIDE, Blend, InputError, Size
 from .convert import CropType, connected
 from .progress import image_progress
+from .text import show
 
 RECORDS = "mend-crops"
 """Folder of saved records, in ComfyUI's output folder or its input folder."""
@@ -396,7 +397,7 @@ class MendStitch(io.ComfyNode):
             StitchOptions(**{name: _only(name, values) for name, values in options.items()}),
             on_image=image_progress("Stitching"),
         )
-        return io.NodeOutput(stitched.images, "\n".join(stitched.reports))
+        return io.NodeOutput(stitched.images, "\n".join(stitched.reports), ui=show(stitched.notices))
 
 
 class MendSaveCrop(io.ComfyNode):

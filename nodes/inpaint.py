@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..engine.inpaint import inpaint
 from ..engine.schedulers import SCHEDULERS
 from ..engine.types import MAX_SEED, MAX_SIDE, Blend, Compat, Crop, InpaintRequest, Sigmas
 from .comfy_host import MendModel
 from .convert import ModelType, connected
+from .text import show
 
 log = logging.getLogger("mend")
 
@@ -267,12 +268,9 @@ class MendInpaint(io.ComfyNode):
             grain=grain,
         )
         result = inpaint(request, model.model, model.host)
-        for notice in result.notices:
-            log.warning("Mend: %s", notice)
         for report in result.reports:
             log.info("Mend: %s", report)
-        notices = ui.PreviewText("\n".join(result.notices)) if result.notices else None
-        return io.NodeOutput(result.images, result.mask, result.seeds[0], ui=notices)
+        return io.NodeOutput(result.images, result.mask, result.seeds[0], ui=show(result.notices))
 
 
 NODES = [MendInpaint]

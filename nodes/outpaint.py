@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..engine.fill import FillMethod
@@ -28,6 +28,7 @@ from .convert import FillModelType, ModelType, connected
 from .fill import LoadedFillModel, as_network
 from .inpaint import MendInpaint
 from .progress import part_progress
+from .text import show
 
 log = logging.getLogger("mend")
 
@@ -169,12 +170,6 @@ def as_room(
         fitting=Fitting(fitting),
         multiple=multiple,
     )
-
-
-def show(notices: tuple[str, ...]) -> ui.PreviewText | None:
-    for notice in notices:
-        log.warning("Mend: %s", notice)
-    return ui.PreviewText("\n".join(notices)) if notices else None
 
 
 class MendOutpaintPad(io.ComfyNode):

@@ -177,6 +177,9 @@ def test_a_crop_is_saved_and_stitched_in_a_later_run(graph, run, client):
     assert again.outputs["save"]["text"][0] == "cats/one_00002_.json [output]"
     listed = json.dumps(client.object_info()["MendLoadCrop"]["input"]["required"]["record"])
     assert name in listed
+    later["other"] = {"class_type": "ImageInvert", "inputs": {"image": ["photo", 0]}}
+    later["stitch"]["inputs"]["original"] = ["other", 0]
+    assert "not what was cut" in client.run(later).outputs["stitch"]["text"][0]
     del later["stitch"]["inputs"]["original"]
     refused = client.run(later)
     assert "connect the original image" in refused.error["exception_message"]
