@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,25 @@ def test_every_node_and_input_explains_itself(client):
         assert all(options[-1].get("tooltip") for options in inputs.values()), name
         assert all(node["output_tooltips"]), name
         assert (ROOT / "web" / "docs" / f"{name}.md").is_file()
+
+
+HELP_IS_ELSEWHERE = {"MendOutpaint": ("MendInpaint", "MendOutpaintPad")}
+OF_LOADING = {"MendLoadModel", "MendDownloadModel"}
+
+
+def test_every_option_is_on_the_help_page(client):
+    for name, node in client.object_info().items():
+        if name.startswith("Mend") and name not in OF_LOADING:
+            pages = [ROOT / "web" / "docs" / f"{page}.md" for page in (name, *HELP_IS_ELSEWHERE.get(name, ()))]
+            words = set(re.findall(r"\w+", " ".join(page.read_text() for page in pages)))
+            # a socket for the graph's own values has a tooltip, an option an explanation
+            options = {
+                option
+                for section in ("required", "optional")
+                for option, (kind, settings) in node["input"].get(section, {}).items()
+                if settings.get("advanced")
+            }
+            assert options <= words, (name, options - words)
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
