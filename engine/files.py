@@ -1,9 +1,9 @@
 """Pictures and masks on disk: read into the engine's tensors, written without ever losing a file.
 
 What is read: PNG, JPEG, WebP, AVIF, GIF and BMP, the first frame of an animation, upright by the EXIF orientation,
-CMYK and palettes as RGB, transparency as a fourth channel. What is written: PNG, lossless WebP, or JPEG (quality 95,
-no chroma subsampling), with the parameters that made the picture as one JSON object: in the ``parameters`` text chunk
-of a PNG, in the EXIF UserComment of the other two. ``read_parameters`` gives them back.
+CMYK and palettes as RGB, transparency as a fourth channel. What is written: PNG of 8 or 16 bits, lossless WebP, or JPEG
+(quality 95, no chroma subsampling), with the parameters that made the picture as one JSON object: in the ``parameters``
+text chunk of a PNG, in the EXIF UserComment of the other two. ``read_parameters`` gives them back.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import secrets
 import struct
 import warnings
+import zlib
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
@@ -39,6 +40,12 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
 """What Pillow's decoders raise on damaged data."""
 _USER_COMMENT_PREFIX = b"ASCII\0\0\0"
 _JPEG_EXIF_LIMIT = 65000
+_PNG_COLOUR_TYPE = {1: 0, 3: 2, 4: 6}
+_PNG_FILTER_UP = 2
+_PNG_EFFORT = 4
+"""Of zlib's 9; the noise in the low bytes does not get smaller by more."""
+_DEEP_COLOUR = ("RGB;16B", "RGBA;16B")
+"""Pillow's names for the samples of a 16-bit PNG in colour, which it reads as 8 bits."""
 
 
 class MaskChannel(str, Enum):
@@ -99,6 +106,12 @@ def read_profile(path: str | Path) -> bytes | None:
     return profile if profile and profile[16:20] == b"RGB " else None
 
 
+def read_bits(path: str | Path) -> int:
+    """How many bits ``read_image`` gets from each channel of a file: 16 or 8; to be passed to ``write_image``."""
+    picture = _open(Path(path))
+    return 16 if picture.mode.startswith("I") or _sample_order(picture) in _DEEP_COLOUR else 8
+
+
 def numbered(path: str | Path, count: int) -> list[Path]:
     """Where ``count`` pictures go: ``out.png`` for one, ``out-1.png``, ``out-2.png``, ... for more."""
     path = Path(path)
@@ -107,15 +120,20 @@ def numbered(path: str | Path, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{n}{path.suffix}") for n in range(1, count + 1)]
 
 
-def check_outputs(outputs: Iterable[Path], *, inputs: Iterable[Path] = (), force: bool = False) -> None:
-    """Raise the InputError that writing to ``outputs`` would end in, before the work is done rather than after.
+def check_outputs(
+    pictures: Iterable[Path], *, others: Iterable[Path] = (), inputs: Iterable[Path] = (), force: bool = False
+) -> None:
+    """Raise the InputError that writing ``pictures`` and ``others``, files of any format, would end in, before the work
+    is done rather than after.
 
-    An existing file is refused unless ``force``; a file of ``inputs`` is refused always.
+    An existing file is refused unless ``force``; a file of ``inputs``, or one named twice, is refused always.
     """
+    pictures = list(pictures)
+    for path in pictures:
+        _format_of(path)
     sources = {path.resolve() for path in inputs}
     seen: set[Path] = set()
-    for path in outputs:
-        _format_of(path)
+    for path in [*pictures, *others]:
         if path.resolve() in seen:
             raise InputError(f"{path} is named twice; give each result a name of its own.")
         seen.add(path.resolve())
@@ -137,17 +155,21 @@ def write_image(
     *,
     force: bool = False,
     profile: bytes | None = None,
+    bits: int = 8,
 ) -> Path:
     """Write [H, W, C] or [1, H, W, C] (C = 1, 3 or 4; 0..1) in the format of the suffix, rounded to the nearest of
-    256 levels, and return the path.
+    256 levels, or of 65536 where ``bits`` is 16 and the format PNG, and return the path.
 
     The file appears complete or not at all, missing folders are made, and an existing file is replaced only with
     ``force``. Raises InputError for an unknown suffix, transparency in a JPEG, values that are not finite, and what
     the file system refuses.
     """
     path = Path(path)
-    picture = _picture(path, image)
-    encoded = _encode(picture, _format_of(path), dict(parameters or {}), profile)
+    pixels = _pixels(path, image)
+    if bits == 16 and _format_of(path) == "PNG":
+        encoded = _encode_deep(pixels, dict(parameters or {}), profile)
+    else:
+        encoded = _encode(_picture(path, pixels), _format_of(path), dict(parameters or {}), profile)
     # beside the target, so that the rename stays within one file system
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -224,13 +246,17 @@ def _low_bytes(picture: ImageFile.ImageFile) -> np.ndarray | None:
 
     Pillow keeps the first byte alone; told that the bytes are the other way round, it keeps the second.
     """
-    if picture.format != "PNG" or not picture.tile:
+    order = _sample_order(picture)
+    if order not in _DEEP_COLOUR:
         return None
-    codec, extents, offset, order = picture.tile[0]
-    if order not in ("RGB;16B", "RGBA;16B"):
-        return None
+    codec, extents, offset, _ = picture.tile[0]
     picture.tile = [(codec, extents, offset, order.replace("16B", "16L"))]  # type: ignore[list-item]
     return np.asarray(ImageOps.exif_transpose(picture)).astype(np.float32)
+
+
+def _sample_order(picture: ImageFile.ImageFile) -> str:
+    """How the samples of a PNG lie in the file, in Pillow's words; "" for other files."""
+    return str(picture.tile[0][3]) if picture.format == "PNG" and picture.tile else ""
 
 
 def _cmyk_to_rgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
@@ -267,12 +293,17 @@ def _format_of(path: Path) -> str:
         ) from None
 
 
-def _picture(path: Path, image: Tensor) -> Image.Image:
+def _pixels(path: Path, image: Tensor) -> Tensor:
+    """[H, W, 1, 3 or 4], finite."""
     pixels = image[0] if image.ndim == 4 and image.shape[0] == 1 else image
     if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4):
         raise InputError(f"A picture of shape {tuple(image.shape)} cannot be written; give [height, width, channels].")
     if not torch.isfinite(pixels).all():
         raise InputError(f"{path} was not written: the picture holds NaN values; try --dtype float32.")
+    return pixels
+
+
+def _picture(path: Path, pixels: Tensor) -> Image.Image:
     levels = to_bytes(pixels)
     if levels.shape[-1] == 4 and _format_of(path) == "JPEG":
         if levels[..., 3].min() < 255:
@@ -297,6 +328,26 @@ def _encode(picture: Image.Image, kind: str, parameters: dict[str, Any], profile
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def _encode_deep(pixels: Tensor, parameters: dict[str, Any], profile: bytes | None) -> bytes:
+    """A PNG of 16 bits a channel, which Pillow writes in grey alone; each row as its difference from the one above."""
+    levels = np.rint(pixels.detach().float().cpu().clamp(0, 1).numpy() * np.float32(65535)).astype(">u2")
+    height, width, channels = levels.shape
+    samples = levels.view(np.uint8).reshape(height, -1)
+    rows = np.full((height, 1 + samples.shape[1]), _PNG_FILTER_UP, np.uint8)
+    rows[:, 1:] = np.diff(samples, axis=0, prepend=np.zeros_like(samples[:1]))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, _PNG_COLOUR_TYPE[channels], 0, 0, 0))]
+    if profile and channels > 1:
+        chunks.append((b"iCCP", b"ICC Profile\0\0" + zlib.compress(profile)))
+    if parameters:
+        chunks.append((b"tEXt", b"parameters\0" + json.dumps(parameters).encode("ascii")))
+    chunks += [(b"IDAT", zlib.compress(rows.tobytes(), _PNG_EFFORT)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(kind, data) for kind, data in chunks)
+
+
+def _png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def _exif(parameters: dict[str, Any]) -> bytes:

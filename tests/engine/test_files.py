@@ -15,6 +15,7 @@ from comfyui_mend.engine.files import (
     MaskChannel,
     check_outputs,
     numbered,
+    read_bits,
     read_image,
     read_mask,
     read_parameters,
@@ -235,6 +236,24 @@ def test_what_is_written_reads_back_bit_for_bit(tmp_path, name, channels):
     assert torch.equal(read_image(write_image(tmp_path / name, image)), image)
 
 
+@pytest.mark.parametrize(("channels", "mode"), [(1, "I;16"), (3, "RGB"), (4, "RGBA")])
+def test_16_bits_go_through_a_png_without_a_change(tmp_path, channels, mode):
+    levels = np.random.default_rng(0).integers(0, 65536, (1, 9, 7, channels)).astype(np.float32)
+    image = torch.from_numpy(levels / np.float32(65535))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    path = write_image(tmp_path / "a.png", image, PARAMETERS, profile=profile, bits=16)
+    assert torch.equal(read_image(path), image.expand(-1, -1, -1, max(channels, 3)))
+    assert read_bits(path) == 16 and read_parameters(path) == PARAMETERS
+    with Image.open(path) as picture:
+        picture.verify()
+        assert picture.mode.startswith(mode) and picture.info.get("icc_profile") == (profile if channels > 1 else None)
+
+
+def test_16_bits_are_for_png_alone(tmp_path):
+    for name in ("a.jpg", "a.webp"):
+        assert read_bits(write_image(tmp_path / name, torch.rand(1, 8, 8, 3), bits=16)) == 8
+
+
 def test_8_bits_are_rounded_to_the_nearest_level(tmp_path):
     values = torch.tensor([0.0, 0.49, 0.51, 1.49, 254.4, 254.6, 300.0, -7.0]) / 255
     path = write_image(tmp_path / "a.png", values.reshape(1, -1, 1).expand(1, -1, 3))
@@ -286,6 +305,20 @@ def test_a_colour_profile_travels_with_the_picture(tmp_path):
         path = write_image(tmp_path / name, read_image(source), profile=read_profile(source))
         assert Image.open(path).info["icc_profile"] == profile
     assert read_profile(saved(tmp_path, "plain.png", gradient())) is None
+
+
+def test_files_that_are_no_pictures_are_kept_just_as_well(tmp_path):
+    record = tmp_path / "record.json"
+    record.write_text("{}")
+    picture = tmp_path / "a.png"
+    check_outputs([picture], others=[tmp_path / "new.json"])
+    with pytest.raises(InputError, match="exists already"):
+        check_outputs([picture], others=[record])
+    check_outputs([picture], others=[record], force=True)
+    with pytest.raises(InputError, match="also an input"):
+        check_outputs([picture], others=[record], inputs=[record], force=True)
+    with pytest.raises(InputError, match="named twice"):
+        check_outputs([picture], others=[picture], force=True)
 
 
 def test_an_existing_file_is_kept_unless_forced(tmp_path):
