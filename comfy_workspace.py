@@ -256,7 +256,8 @@ def _install_pack(custom_nodes: Path) -> None:
     try:
         target.symlink_to(ROOT, target_is_directory=True)
     except OSError:
-        shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".*", "tests", "demo-output", "sheet-output", "__pycache__"))
+        left_out = shutil.ignore_patterns(".*", "tests", "demo-output", "sheet-output", "__pycache__")
+        shutil.copytree(ROOT, target, ignore=left_out)
 
 
 @dataclass(frozen=True)
