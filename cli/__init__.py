@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from . import check, color, compare, crop, demo, fill, mask, models, outpaint, paint
-from .common import CommandError, Parser, Report, UsageError, help_formatter, version
+from .common import CommandError, CommandParser, Parser, Report, UsageError, help_formatter, version
 
 COMMANDS = (paint, outpaint, fill, mask, crop, color, compare, check, models, demo)
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=help_formatter,
     )
     parser.add_argument("--version", action="version", version=f"mend {version()}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
     for module in COMMANDS:
         module.add(commands)
     return parser

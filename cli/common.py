@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..engine.fill import FillNetwork
     from ..engine.host import LocalHost
+    from ..engine.types import Size
 
 Commands = Any
 """What argparse's add_subparsers returns; its class is private."""
@@ -49,6 +52,35 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class CommandParser(Parser):
+    """Of one command, which answers for its own unknown flags instead of leaving them to the program's parser."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, []
+
+
+class Length(NamedTuple):
+    """A length as it was typed: 8, 8px or 2%."""
+
+    value: float
+    percent: bool
+
+    def __str__(self) -> str:
+        return f"{self.value:g}{'%' if self.percent else ''}"
+
+    def pixels(self, name: str, size: Size) -> float:
+        """A percentage is of the picture's longer side; ``name`` is for the InputError of one that is too long."""
+        from ..engine.masks import Unit, to_pixels
+
+        return to_pixels(name, self.value, Unit.PERCENT if self.percent else Unit.PIXELS, size)
+
+
+NOTHING = Length(0, percent=False)
 
 
 # --- flags
@@ -138,7 +170,30 @@ def share(text: str) -> float:
     return value
 
 
+def length(text: str) -> Length:
+    found = re.fullmatch(r"\s*([+-]?(?:\d{1,6}(?:\.\d*)?|\.\d+))\s*(%|px)?\s*", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a length; give pixels like 128 or a share like 20%")
+    return Length(float(found[1]), found[2] == "%")
+
+
+def add_field(group: Any, *flags: str, **options: Any) -> None:
+    """A flag that is a field of the engine's request or options: absent from the namespace when it is not given."""
+    group.add_argument(*flags, default=argparse.SUPPRESS, **options)
+
+
+def given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
+    """The fields of an engine's class of options that were given as flags."""
+    return {name: value for name, value in vars(arguments).items() if name in options.__dataclass_fields__}
+
+
 # --- files, models, time
+
+
+def made_by(arguments: argparse.Namespace, **settings: Any) -> dict[str, Any]:
+    """What a file says about how it was made; lengths and paths as they were typed."""
+    typed = {name: str(value) if isinstance(value, Length | Path) else value for name, value in settings.items()}
+    return {"software": f"comfyui-mend {version()}", "command": arguments.name, **typed}
 
 
 def write_one(
@@ -148,18 +203,40 @@ def write_one(
     timings: dict[str, float],
     settings: dict[str, Any] | None = None,
 ) -> Report:
-    parameters = {"software": f"comfyui-mend {version()}", "command": arguments.name, **(settings or {})}
     with clock("write", timings):
-        write(arguments, arguments.out, picture, parameters, inputs)
+        write(arguments, arguments.out, picture, made_by(arguments, **(settings or {})), inputs)
     return {"files": [str(arguments.out)], "timings": rounded(timings)}
 
 
 def write(
     arguments: argparse.Namespace, path: Path, picture: Tensor, parameters: dict[str, Any], inputs: list[Path]
 ) -> None:
-    from ..engine.files import read_profile, write_image
+    """With the colour profile and, in a PNG, the depth of the first input, so that what was kept is kept to the bit."""
+    from ..engine.files import read_bits, read_profile, write_image
 
-    write_image(path, picture, parameters, force=arguments.force, profile=read_profile(inputs[0]))
+    profile, bits = read_profile(inputs[0]), read_bits(inputs[0])
+    write_image(path, picture, parameters, force=arguments.force, profile=profile, bits=bits)
+
+
+def write_mask(arguments: argparse.Namespace, path: Path, mask: Tensor, bits: int = 8) -> None:
+    """[1, H, W]; in 8 bits, which every program reads, unless ``bits`` asks for 16."""
+    from ..engine.files import write_image
+
+    write_image(path, mask[..., None], made_by(arguments), force=arguments.force, bits=bits)
+
+
+def fill_network(arguments: argparse.Namespace, method: str, flag: str) -> FillNetwork | None:
+    """What the fills lama and mat compute with: the file that ``flag`` names."""
+    file = getattr(arguments, flag.removeprefix("--").replace("-", "_"))
+    if method not in NETWORK_FILLS:
+        if file is not None:
+            raise UsageError(f"{flag} is the network of the fills {' and '.join(NETWORK_FILLS)}, not of {method}")
+        return None
+    if file is None:
+        raise UsageError(f'the fill "{method}" needs its network; give it with {flag} FILE')
+    from ..engine.models.fill_model import load_fill_model
+
+    return load_fill_model(file, local_host(arguments))
 
 
 def local_host(arguments: argparse.Namespace) -> LocalHost:
@@ -240,7 +317,8 @@ def version() -> str:
 
 def show_files(report: Report) -> str:
     total = f"{report['timings']['total']:.1f} s"
-    files = report["files"] + ([report["mask"]] if "mask" in report else [])
+    record = [report["record"]] if "record" in report else []
+    files = [*report["files"], *report.get("masks", ()), *record]
     notes: list[list[str]] = [[] for _ in files]
     for index, seed in enumerate(report.get("seeds", ())):
         notes[index].append(f"seed {seed}")

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .common import (
+    FILLS,
+    NETWORK_FILLS,
     Commands,
     Report,
+    add_field,
     add_image_and_mask,
     add_output,
     clock,
     command,
+    given,
+    made_by,
     rounded,
     share,
-    version,
+    show_files,
     which,
     write,
+    write_mask,
 )
 from .paint import BLENDS
 
@@ -27,7 +33,7 @@ if TYPE_CHECKING:
 # The engine's choices, spelled out because importing them takes seconds; a test keeps the two equal.
 SIZES = ("own", "exact", "megapixels", "sdxl", "sd15", "sd2")
 OVERFLOWS = ("inside", "extend")
-FILLS = ("neutral", "edge", "mirror", "blur", "noise", "telea", "navier-stokes", "patchmatch")
+EXTENDING_FILLS = tuple(method for method in FILLS if method not in NETWORK_FILLS)
 
 CROP_EXAMPLES = """\
 examples:
@@ -69,19 +75,19 @@ def _add_crop(commands: Commands) -> None:
     parser.add_argument("--context-mask", metavar="FILE", type=Path, help="what must be seen too")
 
     context = parser.add_argument_group("what is shown")
-    _add_option(
+    add_field(
         context,
         "--context-factor",
         type=float,
         metavar="X",
         help="1..20: the crop's width over the mask's; 1.5 shows a quarter of it on each side (default: 1.5)",
     )
-    _add_option(context, "--context-pixels", type=int, metavar="PX", help="on each side at least (default: 32)")
-    _add_option(context, "--min-size", type=int, metavar="PX", help="each way at least, given room (default: 512)")
-    _add_option(context, "--max-aspect", type=float, metavar="X", help="a longer crop takes in more (default: 2.0)")
-    _add_option(context, "--overflow", **which(OVERFLOWS, "where the picture has too little room (default: inside)"))
-    _add_option(context, "--fill", **which(FILLS, "what extend shows (default: edge)"))
-    _add_option(context, "--mask-outside", action="store_true", help="what extend adds is masked")
+    add_field(context, "--context-pixels", type=int, metavar="PX", help="on each side at least (default: 32)")
+    add_field(context, "--min-size", type=int, metavar="PX", help="each way at least, given room (default: 512)")
+    add_field(context, "--max-aspect", type=float, metavar="X", help="a longer crop takes in more (default: 2.0)")
+    add_field(context, "--overflow", **which(OVERFLOWS, "where the picture has too little room (default: inside)"))
+    add_field(context, "--fill", **which(EXTENDING_FILLS, "what extend shows (default: edge)"))
+    add_field(context, "--mask-outside", action="store_true", help="what extend adds is masked")
 
     size = parser.add_argument_group("size of the crop")
     size.add_argument(
@@ -92,10 +98,8 @@ def _add_crop(commands: Commands) -> None:
     size.add_argument("--megapixels", type=float, default=1.0, metavar="X", help="1 is 1024x1024 (default: 1.0)")
     size.add_argument("--width", type=int, default=1024, metavar="PX", help="for --size exact (default: 1024)")
     size.add_argument("--height", type=int, default=1024, metavar="PX", help="for --size exact (default: 1024)")
-    _add_option(size, "--multiple", type=int, metavar="N", help="width and height are multiples of N (default: 8)")
-    _add_option(
-        size, "--keep-scale", type=float, metavar="X", help="0..0.9: not scaled when that close (default: 0.25)"
-    )
+    add_field(size, "--multiple", type=int, metavar="N", help="width and height are multiples of N (default: 8)")
+    add_field(size, "--keep-scale", type=float, metavar="X", help="0..0.9: not scaled when that close (default: 0.25)")
     add_output(parser, "where the crop goes; several: numbered")
 
 
@@ -110,26 +114,16 @@ def _add_stitch(commands: Commands) -> None:
         "--image", metavar="ORIGINAL", type=Path, required=True, help="the picture the crop was cut from"
     )
     joining = parser.add_argument_group("joining")
-    _add_option(joining, "--blend", **which(BLENDS, "auto measures the seam and picks (default: auto)"))
-    _add_option(joining, "--color-match", type=share, metavar="X", help="0..1: of the tone difference (default: 1.0)")
-    _add_option(joining, "--register", action="store_true", help="measure whether the picture moved, and move it back")
-    _add_option(joining, "--grain", type=share, metavar="X", help="0..1: of the surroundings' grain (default: 0.0)")
-    _add_option(joining, "--seed", type=int, metavar="N", help="decides the grain (default: 0)")
+    add_field(joining, "--blend", **which(BLENDS, "auto measures the seam and picks (default: auto)"))
+    add_field(joining, "--color-match", type=share, metavar="X", help="0..1: of the tone difference (default: 1.0)")
+    add_field(joining, "--register", action="store_true", help="measure whether the picture moved, and move it back")
+    add_field(joining, "--grain", type=share, metavar="X", help="0..1: of the surroundings' grain (default: 0.0)")
+    add_field(joining, "--seed", type=int, metavar="N", help="decides the grain (default: 0)")
     add_output(parser, "where the picture goes")
 
 
-def _add_option(group: Any, *flags: str, **options: Any) -> None:
-    """A flag that is a field of the engine's options: absent from the namespace when it is not given."""
-    group.add_argument(*flags, default=argparse.SUPPRESS, **options)
-
-
-def _given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
-    """The fields of an options class that were given as flags."""
-    return {name: value for name, value in vars(arguments).items() if name in options.__dataclass_fields__}
-
-
 def crop(arguments: argparse.Namespace) -> Report:
-    from ..engine.crop_record import record_file, save
+    from ..engine.crop_record import files_of, record_file, save
     from ..engine.crop_stitch import Separate, crop_to_mask
     from ..engine.files import MaskChannel, check_outputs, numbered, read_image, read_mask
     from ..engine.types import InputError
@@ -138,8 +132,8 @@ def crop(arguments: argparse.Namespace) -> Report:
     masks = (arguments.mask, arguments.stitch_mask, arguments.context_mask)
     inputs = [arguments.image, *(file for file in masks if file)]
     record = record_file(arguments.record)
-    if record.exists() and not arguments.force:
-        raise InputError(f"{record} exists already; choose another name, or add --force to replace it.")
+    if record.suffix.lower() != ".json":
+        raise InputError(f"{record} is a file, but no .json file; name one, or a folder, for the record.")
     image = read_image(arguments.image)
     channel = MaskChannel(arguments.mask_channel)
     mask, stitch_mask, context_mask = (read_mask(file, channel) if file else None for file in masks)
@@ -155,12 +149,13 @@ def crop(arguments: argparse.Namespace) -> Report:
         )
     files = numbered(arguments.out, len(cropped.crops))
     mask_files = numbered(arguments.mask_out, len(cropped.crops)) if arguments.mask_out else []
-    check_outputs([*files, *mask_files], inputs=inputs, force=arguments.force)
+    records = files_of(cropped.record, record)
+    check_outputs([*files, *mask_files], others=records, inputs=inputs, force=arguments.force)
     with clock("write", timings):
         for file, picture in zip(files, cropped.crops, strict=True):
-            write(arguments, file, picture, _parameters(arguments), inputs)
+            write(arguments, file, picture, made_by(arguments), inputs)
         for file, picture in zip(mask_files, cropped.masks, strict=False):
-            write(arguments, file, picture[..., None], _parameters(arguments), inputs)
+            write_mask(arguments, file, picture)
         save(cropped.record, record, force=arguments.force)
     return {
         "files": [str(file) for file in files],
@@ -178,26 +173,26 @@ def _crop_options(arguments: argparse.Namespace) -> CropOptions:
 
     exact = Size(arguments.width, arguments.height)
     target = target_of(CanvasSize(arguments.size), exact, arguments.megapixels)
-    return CropOptions(target=target, **_given(arguments, CropOptions))
+    return CropOptions(target=target, **given(arguments, CropOptions))
 
 
 def stitch(arguments: argparse.Namespace) -> Report:
     from ..engine.crop import UNCHANGED
     from ..engine.crop_record import load
     from ..engine.crop_stitch import stitch_crops
-    from ..engine.files import check_outputs, read_image
+    from ..engine.files import check_outputs, read_bits, read_image
     from ..engine.stitch import StitchOptions
 
-    options = StitchOptions(**_given(arguments, StitchOptions))
+    options = StitchOptions(**given(arguments, StitchOptions))
     inputs = [arguments.image, *arguments.crops]
     check_outputs([arguments.out], inputs=inputs, force=arguments.force)
     record = load(arguments.record)
     image, crops = read_image(arguments.image), [read_image(file) for file in arguments.crops]
+    rounding = 0.5 / (2 ** min(map(read_bits, arguments.crops)) - 1)  # of the crops in their files
     with clock("stitch") as timings:
-        # crops in files were rounded to 256 levels
-        stitched = stitch_crops(record, crops, image, options, unchanged=0.5 / 255 + UNCHANGED)
+        stitched = stitch_crops(record, crops, image, options, unchanged=rounding + UNCHANGED)
     with clock("write", timings):
-        write(arguments, arguments.out, stitched.images, _parameters(arguments), inputs)
+        write(arguments, arguments.out, stitched.images, made_by(arguments), inputs)
     return {
         "files": [str(arguments.out)],
         "report": list(stitched.reports),
@@ -206,12 +201,5 @@ def stitch(arguments: argparse.Namespace) -> Report:
     }
 
 
-def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"software": f"comfyui-mend {version()}", "command": arguments.name}
-
-
 def _show(report: Report) -> str:
-    files = [*report["files"], *report.get("masks", ()), *([report["record"]] if "record" in report else ())]
-    seconds = f"({report['timings']['total']:.1f} s)"
-    lines = [line for line in report["report"] if line not in report["notices"]]
-    return "\n".join([*files[:-1], f"{files[-1]}  {seconds}", *lines])
+    return "\n".join([show_files(report), *report["report"]])

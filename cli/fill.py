@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .common import (
     FILLS,
+    NOTHING,
     Commands,
     Report,
     add_image_and_mask,
@@ -14,6 +15,8 @@ from .common import (
     add_output,
     clock,
     command,
+    fill_network,
+    length,
     local_host,
     show_files,
     which,
@@ -54,7 +57,11 @@ def add(commands: Commands) -> None:
         help="patchmatch: half the side of a patch; telea, navier-stokes: how far to look (default: the method's)",
     )
     parser.add_argument(
-        "--grow", type=float, default=0, metavar="PX", help="grow the mask first, when an outline remains (default: 0)"
+        "--grow",
+        type=length,
+        default=NOTHING,
+        metavar="PX|%",
+        help="grow the mask first, when an outline remains; percent of the longer side (default: 0)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of patchmatch, noise and mat (default: %(default)s)"
@@ -66,21 +73,19 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> Report:
     from ..engine.files import MaskChannel, check_outputs, read_image, read_mask
     from ..engine.fill import FillMethod, fill
-    from ..engine.images import pair
+    from ..engine.images import pair, size_of
     from ..engine.masks import grow
-    from ..engine.models.fill_model import load_fill_model
 
     inputs = [arguments.image, arguments.mask]
     check_outputs([arguments.out], inputs=inputs, force=arguments.force)
-    host = local_host(arguments)
-    network = load_fill_model(arguments.model, host) if arguments.model else None
+    network = fill_network(arguments, arguments.method, "--model")
     mask = read_mask(arguments.mask, MaskChannel(arguments.mask_channel))
     image, mask = pair(read_image(arguments.image), mask)
-    progress = host.progress(PROGRESS_STEPS, "fill")
+    progress = local_host(arguments).progress(PROGRESS_STEPS, "fill")
     with clock("fill") as timings:
         filled = fill(
             image,
-            grow(mask, arguments.grow),
+            grow(mask, arguments.grow.pixels("grow", size_of(image))),
             FillMethod(arguments.method),
             radius=arguments.radius or None,
             seed=arguments.seed,

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from .common import (
+    NOTHING,
     Commands,
+    Length,
     Report,
     UsageError,
     add_mask_channel,
     add_output,
     clock,
     command,
+    length,
+    made_by,
     rounded,
     show_files,
-    version,
     which,
 )
 
@@ -46,16 +49,6 @@ examples:
   mend mask person.png --combine dog.png --operation subtract -o person-only.png
 
 In this order: combine, floor, threshold, invert, close, fill holes, open, islands, grow, feather."""
-
-
-class Length(NamedTuple):
-    """A length as it was typed: 8, 8px or 2%."""
-
-    value: float
-    percent: bool
-
-    def __str__(self) -> str:
-        return f"{self.value:g}{'%' if self.percent else ''}"
 
 
 def add(commands: Commands) -> None:
@@ -93,9 +86,7 @@ def _add_sources(group: argparse._ArgumentGroup) -> None:
         help="--from difference: JPEG and VAE noise to ignore, 0 for none (default: %(default)s)",
     )
     group.add_argument("--combine", metavar="FILE", type=Path, help="a second mask")
-    group.add_argument(
-        "--operation", default="add", **which(OPERATIONS, "how it is combined with the first (default: %(default)s)")
-    )
+    group.add_argument("--operation", **which(OPERATIONS, "how it is combined with the first (default: add)"))
 
 
 def _add_cleaning(group: argparse._ArgumentGroup) -> None:
@@ -104,15 +95,15 @@ def _add_cleaning(group: argparse._ArgumentGroup) -> None:
         "--threshold", type=float, default=0, metavar="X", help="0..1: from here up white, the rest black"
     )
     group.add_argument("--invert", action="store_true", help="swap white and black")
-    group.add_argument("--close", type=length, default=length("0"), metavar="PX|%", help="bridge gaps twice as wide")
+    group.add_argument("--close", type=length, default=NOTHING, metavar="PX|%", help="bridge gaps twice as wide")
     group.add_argument("--fill-holes", action="store_true", help="what an outline encloses becomes white")
     group.add_argument(
-        "--open", type=length, default=length("0"), metavar="PX|%", help="drop specks and hairs twice as wide"
+        "--open", type=length, default=NOTHING, metavar="PX|%", help="drop specks and hairs twice as wide"
     )
     group.add_argument(
         "--min-island",
         type=length,
-        default=length("0"),
+        default=NOTHING,
         metavar="PX|%",
         help="drop islands of fewer pixels, or a smaller share of the picture",
     )
@@ -123,12 +114,12 @@ def _add_edge(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--grow",
         type=length,
-        default=length("0"),
+        default=NOTHING,
         metavar="PX|%",
         help="widen by pixels or percent of the longer side; negative shrinks (--grow=-2%%)",
     )
     group.add_argument("--shape", default="round", **which(SHAPES, "of growth, closing and opening"))
-    group.add_argument("--feather", type=length, default=length("0"), metavar="PX|%", help="width of the soft edge")
+    group.add_argument("--feather", type=length, default=NOTHING, metavar="PX|%", help="width of the soft edge")
     group.add_argument(
         "--feather-side", default="outward", **which(FEATHER_SIDES, "where it lies (default: %(default)s)")
     )
@@ -144,18 +135,8 @@ def _add_explaining(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--image", metavar="FILE", type=Path, help="the picture for --preview (default: MASK of --from)")
 
 
-def length(text: str) -> Length:
-    number = text.strip().removesuffix("%").removesuffix("px")
-    try:
-        return Length(float(number), text.strip().endswith("%"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no length; give pixels such as 8, or percent such as 2%"
-        ) from error
-
-
 def run(arguments: argparse.Namespace) -> Report:
-    from ..engine.files import check_outputs, write_image
+    from ..engine.files import check_outputs, read_bits, write_image
     from ..engine.images import size_of
     from ..engine.mask_report import mask_report, preview
     from ..engine.masks import prepare_masks
@@ -175,13 +156,14 @@ def run(arguments: argparse.Namespace) -> Report:
         arguments.user_mask: prepared.user,
         arguments.sampler_mask: prepared.sampler,
     }
-    pictures = {path: picture[..., None] for path, picture in masks.items() if path is not None}
+    bits = read_bits(arguments.mask) if arguments.source is None else 8
+    pictures = {path: (picture[..., None], bits) for path, picture in masks.items() if path is not None}
     if arguments.preview is not None:
         with clock("preview", timings):
-            pictures[arguments.preview] = preview(_background(arguments), prepared.stitch, [report])
+            pictures[arguments.preview] = preview(_background(arguments), prepared.stitch, [report]), 8
     with clock("write", timings):
-        for path, picture in pictures.items():
-            write_image(path, picture, _settings(arguments), force=arguments.force)
+        for path, (picture, depth) in pictures.items():
+            write_image(path, picture, _settings(arguments), force=arguments.force, bits=depth)
     notices = [] if report.box else ["The mask is empty: nothing would be repainted."]
     written = {"files": [str(path) for path in pictures], "report": report.as_dict(), "notices": notices}
     return written | ({"summary": str(report)} if arguments.report else {}) | {"timings": rounded(timings)}
@@ -196,6 +178,11 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError('--from color needs --color, for example --color "#00ff00"')
     if arguments.source == "difference" and arguments.after is None:
         raise UsageError("--from difference needs --after, the picture after the edit")
+    for flag, source in (("color", "color"), ("after", "difference")):
+        if getattr(arguments, flag) is not None and arguments.source != source:
+            raise UsageError(f"--{flag} is for --from {source}; add that, or leave --{flag} out")
+    if arguments.operation is not None and arguments.combine is None:
+        raise UsageError("--operation says how a second mask is combined; give it with --combine FILE")
     if arguments.image is not None and arguments.preview is None:
         raise UsageError("--image is the picture for a preview; add --preview FILE")
 
@@ -220,16 +207,16 @@ def _read(arguments: argparse.Namespace) -> Tensor:
         mask = from_difference(before, after, arguments.tolerance, arguments.noise)
     if arguments.combine is None:
         return mask
-    return combine(mask, read_mask(arguments.combine, channel), Operation(arguments.operation))
+    return combine(mask, read_mask(arguments.combine, channel), Operation(arguments.operation or "add"))
 
 
 def _options(arguments: argparse.Namespace, size: Size) -> MaskOptions:
     """In pixels, since each length may have a unit of its own."""
-    from ..engine.masks import FeatherSide, MaskOptions, Shape, Unit, to_pixels
+    from ..engine.masks import FeatherSide, MaskOptions, Shape
 
     def pixels(name: str) -> float:
-        value, percent = getattr(arguments, name)
-        return to_pixels(name, value, Unit.PERCENT if percent else Unit.PIXELS, size)
+        typed: Length = getattr(arguments, name)
+        return typed.pixels(name, size)
 
     island = arguments.min_island
     return MaskOptions(
@@ -260,6 +247,7 @@ def _background(arguments: argparse.Namespace) -> Tensor | None:
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the file says about how it was made: the flags that decide it, as they were typed."""
     left_out = {"name", "command", "show", "json", "quiet", "force", "report", "image", *OUTPUTS}
-    given = {name: value for name, value in vars(arguments).items() if name not in left_out and value is not None}
-    texts = {name: str(value) if isinstance(value, Path | Length) else value for name, value in given.items()}
-    return {"software": f"comfyui-mend {version()}", "command": arguments.name, **texts}
+    return made_by(
+        arguments,
+        **{name: value for name, value in vars(arguments).items() if name not in left_out and value is not None},
+    )

@@ -63,6 +63,8 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> Report:
     if arguments.action == "list":
+        if arguments.repo:
+            raise UsageError(f"list takes no name; did you mean: mend models pull {arguments.repo}")
         return _list_models(arguments)
     if not arguments.repo and arguments.action == "convert":
         raise UsageError("name what to convert, for example: mend models convert big-lama.pt")

@@ -6,12 +6,28 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import FILLS, Commands, Report, add_output, clock, command, local_host, show_files, which, write, write_one
+from .common import (
+    FILLS,
+    NOTHING,
+    Commands,
+    Length,
+    Report,
+    add_output,
+    clock,
+    command,
+    fill_network,
+    length,
+    show_files,
+    which,
+    write_mask,
+    write_one,
+)
 from .paint import add_diffusion, paint
 
 if TYPE_CHECKING:
     from ..engine.host import Host
     from ..engine.models.protocol import InpaintModel
+    from ..engine.outpaint import Length as EngineLength
     from ..engine.outpaint import Room
     from ..engine.outpaint_steps import GrowthOptions
     from ..engine.types import InpaintRequest, InpaintResult
@@ -47,7 +63,11 @@ def add(commands: Commands) -> None:
     room = parser.add_argument_group("what to add")
     for side in SIDES:
         room.add_argument(
-            f"--{side}", default="0", metavar="LENGTH", help=f"at the {side}: 128, 20%%, or --{side}=-10%% to cut"
+            f"--{side}",
+            type=length,
+            default=NOTHING,
+            metavar="PX|%",
+            help=f"at the {side}: 128, 20%%, or --{side}=-10%% to cut",
         )
     room.add_argument("--to", default="", metavar="TARGET", help="a size like 1024x768 or an aspect ratio like 16:9")
     room.add_argument(
@@ -68,7 +88,11 @@ def add(commands: Commands) -> None:
     room.add_argument("--mask-out", type=Path, metavar="FILE", help="write the mask of the new area too")
     walk = parser.add_argument_group("how to get there")
     walk.add_argument(
-        "--growth", default="0", metavar="LENGTH", help="most a step adds to a side: 256, 50%% (default: half a window)"
+        "--growth",
+        type=length,
+        default=NOTHING,
+        metavar="PX|%",
+        help="most a step adds to a side: 256, 50%% (default: half a window)",
     )
     walk.add_argument(
         "--overlap", type=int, default=64, metavar="PX", help="of earlier steps painted again (default: %(default)s)"
@@ -87,8 +111,10 @@ def run(arguments: argparse.Namespace) -> Report:
     from ..engine.outpaint_steps import outpaint
 
     inputs = [arguments.image]
-    outputs = [*([arguments.out] if arguments.pad_only else []), *([arguments.mask_out] if arguments.mask_out else [])]
-    check_outputs(outputs, inputs=inputs, force=arguments.force)
+    mask_files = [arguments.mask_out] if arguments.mask_out else []
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    if arguments.pad_only:
+        check_outputs([arguments.out, *mask_files], inputs=inputs, force=arguments.force)
     room, options = _room(arguments), _growth(arguments)
     with clock("pad") as timings:
         image = read_image(arguments.image)
@@ -100,24 +126,31 @@ def run(arguments: argparse.Namespace) -> Report:
         return outpaint(request, padded.box, model, host, options)
 
     if arguments.pad_only:
-        report = write_one(arguments, padded.image, inputs, timings)
+        report = write_one(arguments, padded.image, inputs, timings, settings)
         if padded.image.shape == image.shape and padded.mask.max() == 0:
             report["notices"] = ["No room was added: give --left, --top, --right or --bottom."]
     else:
-        settings = {name: getattr(arguments, name) for name in SETTINGS}
-        report = paint(arguments, padded.image, padded.mask, inputs, timings, painter=painter, settings=settings)
+        report = paint(
+            arguments,
+            padded.image,
+            padded.mask,
+            inputs,
+            timings,
+            painter=painter,
+            settings=settings,
+            others=mask_files,
+        )
     report["notices"] = [*padded.notices, *report.get("notices", ())]
-    if arguments.mask_out:
-        write(arguments, arguments.mask_out, padded.mask[..., None], {}, inputs)
-        report["mask"] = str(arguments.mask_out)
-    return report
+    for file in mask_files:
+        write_mask(arguments, file, padded.mask)
+    return report | {"masks": [str(file) for file in mask_files]}
 
 
 def _room(arguments: argparse.Namespace) -> Room:
-    from ..engine.outpaint import Anchor, Fitting, Length, Room, parse_target
+    from ..engine.outpaint import Anchor, Fitting, Room, parse_target
 
     return Room(
-        **{side: Length.parse(getattr(arguments, side)) for side in SIDES},
+        **{side: _engines(getattr(arguments, side)) for side in SIDES},
         target=parse_target(arguments.to),
         anchor=Anchor(arguments.anchor),
         fitting=Fitting(arguments.fitting),
@@ -127,14 +160,19 @@ def _room(arguments: argparse.Namespace) -> Room:
 
 def _growth(arguments: argparse.Namespace) -> GrowthOptions:
     from ..engine.fill import FillMethod
-    from ..engine.models.fill_model import load_fill_model
-    from ..engine.outpaint import Length
     from ..engine.outpaint_steps import GrowthOptions
 
     return GrowthOptions(
-        growth=Length.parse(arguments.growth),
+        growth=_engines(arguments.growth),
         overlap=arguments.overlap,
         window=arguments.window,
         fill=FillMethod(arguments.fill),
-        network=load_fill_model(arguments.fill_model, local_host(arguments)) if arguments.fill_model else None,
+        network=fill_network(arguments, arguments.fill, "--fill-model"),
     )
+
+
+def _engines(typed: Length) -> EngineLength:
+    """A length of the engine, whose percentages are of the side it is added to."""
+    from ..engine.outpaint import Length, Unit
+
+    return Length(typed.value, Unit.PERCENT if typed.percent else Unit.PIXELS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +12,17 @@ from .common import (
     Commands,
     Report,
     add_checker,
+    add_field,
     add_image_and_mask,
     add_machine,
     add_output,
     clock,
     command,
+    given,
     local_host,
+    made_by,
     rounded,
     show_files,
-    version,
     which,
     write,
 )
@@ -111,16 +113,17 @@ def paint(
     sampler_mask: Tensor | None = None,
     painter: Painter | None = None,
     settings: dict[str, Any] | None = None,
+    others: Sequence[Path] = (),
 ) -> Report:
     """The diffusion path: ``engine.inpaint`` unless another ``painter`` is given, whose ``settings`` are written into
-    the file too. Everything that can be refused is refused before the model is loaded."""
+    the file too; the caller writes ``others``. Everything that can be refused is refused before the model is loaded."""
     from ..engine.files import check_outputs, numbered
     from ..engine.inpaint import inpaint, normalise
     from ..engine.models.load import load_model
 
     request = _request(arguments, image, mask, sampler_mask)
     outputs = numbered(arguments.out, request.count)
-    check_outputs(outputs, inputs=inputs, force=arguments.force)
+    check_outputs([*outputs, *others], inputs=inputs, force=arguments.force)
     normalise(request)
     _check_schedule(request)
     host = local_host(arguments)
@@ -148,7 +151,8 @@ def paint(
             images = _judge(arguments, images, checker, report)
     with clock("write", timings):
         for picture, output, seed in zip(images, outputs, result.seeds, strict=True):
-            write(arguments, output, picture, {**_parameters(request, seed, path), **(settings or {})}, inputs)
+            made = made_by(arguments, **_parameters(request, seed, path), **(settings or {}))
+            write(arguments, output, picture, made, inputs)
     return report | {"timings": rounded(timings)}
 
 
@@ -157,10 +161,11 @@ def _request(arguments: argparse.Namespace, image: Tensor, mask: Tensor, sampler
     from ..engine.types import Blend, Compat, Crop, InpaintRequest, Sigmas
 
     enums: dict[str, Callable[[str], Any]] = {"sigmas": Sigmas, "crop": Crop, "compat": Compat, "blend": Blend}
-    names = InpaintRequest.__dataclass_fields__.keys() & vars(arguments).keys() - {"image", "mask", "sampler_mask"}
-    given = {name: enums.get(name, lambda value: value)(getattr(arguments, name)) for name in names}
-    masks = {"mask": mask, "sampler_mask": sampler_mask}
-    return InpaintRequest(image=image, **masks, **{"seed": secrets.randbelow(RANDOM_SEEDS), **given})
+    flags = {
+        name: enums.get(name, lambda value: value)(value) for name, value in given(arguments, InpaintRequest).items()
+    }
+    pictures = {"image": image, "mask": mask, "sampler_mask": sampler_mask}  # in place of their paths
+    return InpaintRequest(**{"seed": secrets.randbelow(RANDOM_SEEDS), **flags, **pictures})
 
 
 def _check_schedule(request: InpaintRequest) -> None:
@@ -174,7 +179,6 @@ def _check_schedule(request: InpaintRequest) -> None:
 def _parameters(request: InpaintRequest, seed: int, model: Path) -> dict[str, Any]:
     """What makes this one picture again."""
     return {
-        "software": f"comfyui-mend {version()}",
         "model": model.name,
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -308,8 +312,3 @@ def add_diffusion(parser: argparse.ArgumentParser, resizable: bool = True) -> No
     )
     add_checker(safety)
     add_machine(parser)
-
-
-def add_field(group: Any, *flags: str, **options: Any) -> None:
-    """A flag that is a field of InpaintRequest: absent from the namespace when it is not given."""
-    group.add_argument(*flags, default=argparse.SUPPRESS, **options)

@@ -143,6 +143,15 @@ def record_file(path: str | Path) -> Path:
     return path if path.suffix.lower() == ".json" or path.is_file() else path / FILE_NAME
 
 
+def files_of(record: CropRecord, path: str | Path) -> list[Path]:
+    """What ``save`` would write: the JSON file, then the masks, of which several crops may share one."""
+    file = record_file(path)
+    names: dict[int, str] = {}
+    for array, name in _arrays(record, file.stem):
+        names.setdefault(id(array), name)
+    return [file, *(file.with_name(name) for name in names.values())]
+
+
 def save(record: CropRecord, path: str | Path, *, force: bool = False) -> Path:
     """Write the record to a .json file or into a folder, its masks beside it, and return the JSON file.
 

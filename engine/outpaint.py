@@ -38,14 +38,6 @@ class Length(NamedTuple):
     value: float = 0
     unit: Unit = Unit.PIXELS
 
-    @classmethod
-    def parse(cls, text: str) -> Length:
-        """ "128", "128px" or "20%"."""
-        found = re.fullmatch(r"\s*([+-]?\d{1,6}(?:\.\d*)?)\s*(%|px)?\s*", text)
-        if found is None:
-            raise InputError(f"{text!r} is not a length; give pixels like 128 or a share like 20%.")
-        return cls(float(found[1]), Unit.PERCENT if found[2] == "%" else Unit.PIXELS)
-
     def pixels(self, side: int) -> int:
         """Whole pixels (halves away from 0) on an axis of ``side`` pixels."""
         exact = self.value * side / 100 if self.unit is Unit.PERCENT else self.value

@@ -14,7 +14,7 @@ import pytest
 import torch
 from comfyui_mend import cli
 from comfyui_mend.cli import common, outpaint, paint
-from comfyui_mend.engine.files import MaskChannel, read_image, read_mask, read_parameters
+from comfyui_mend.engine.files import MaskChannel, read_bits, read_image, read_mask, read_parameters, write_image
 from comfyui_mend.engine.fill import NETWORKS, FillMethod
 from comfyui_mend.engine.host import LocalHost
 from comfyui_mend.engine.inpaint import inpaint
@@ -188,7 +188,7 @@ def test_outpaint_takes_percent_cuts_and_says_when_the_feather_shrinks(mend):
 
 def test_outpaint_refuses_room_it_cannot_make_in_a_sentence(mend):
     command = ("outpaint", "coffee.png", "--pad-only", "-o", "x.png")
-    refused(mend, "'much' is not a length; give pixels like 128", *command, "--left", "much")
+    refused(mend, "'much' is not a length; give pixels like 128", *command, "--left", "much", code=2)
     refused(mend, "The target is '16-9'; give a size", *command, "--to", "16-9")
     refused(mend, "left is 4 pixels and the target is 16:9", *command, "--to", "16:9", "--left", 4)
     refused(mend, "The picture is 256x192, which does not fit into 64x64", *command, "--to", "64x64")
@@ -213,9 +213,79 @@ def test_outpaint_pad_only_needs_no_model_and_writes_the_mask(mend, monkeypatch)
         "--json",
     )
     report = json.loads(out)
-    assert code == 0 and report["files"] == ["p.png"] and report["mask"] == "m.png"
+    assert code == 0 and report["files"] == ["p.png"] and report["masks"] == ["m.png"]
     assert read_mask("m.png")[0, :, 256:].min() == 1 and read_mask("m.png")[0, :, :250].max() == 0
     assert torch.equal(read_image("p.png")[:, :, :256], read_image("coffee.png"))
+    parameters = read_parameters("p.png")
+    assert (parameters["command"], parameters["right"], parameters["feather"]) == ("outpaint", "10", 4)
+
+
+def test_outpaint_refuses_a_mask_in_the_place_of_a_picture_before_it_starts(mend, monkeypatch):
+    monkeypatch.setenv("MEND_MODELS", "")  # a model that is looked for would be another message
+    command = ("outpaint", "coffee.png", "--right", 10, "--force", "-o", "p.png", "--mask-out")
+    refused(mend, r"p\.png is named twice", *command, "p.png")
+    refused(mend, r"p\.png is named twice", *command, "p.png", "--pad-only")
+    refused(mend, r"p-2\.png is named twice", *command, "p-2.png", "--count", 2)
+    refused(mend, r"coffee\.png is also an input", *command, "coffee.png")
+
+
+def test_a_fill_and_its_network_come_together(mend):
+    fill, pad = ("fill", "coffee.png", "mask.png"), ("outpaint", "coffee.png", "--right", 8, "--pad-only")
+    out = ("-o", "x.png")
+    refused(mend, 'the fill "mat" needs its network; give it with --model', *fill, *out, "--method", "mat", code=2)
+    refused(mend, "needs its network; give it with --fill-model", *pad, *out, "--fill", "lama", code=2)
+    refused(mend, "of the fills lama and mat, not of patchmatch", *fill, *out, "--model", "lama.safetensors", code=2)
+    refused(mend, "lama and mat, not of edge", *pad, *out, "--fill-model", "lama.safetensors", code=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "length"),
+    [
+        ("128", (128, False)),
+        (" 20 % ", (20, True)),
+        ("-12.5%", (-12.5, True)),
+        ("8px", (8, False)),
+        (".5", (0.5, False)),
+    ],
+)
+def test_a_length_is_pixels_or_percent(text, length):
+    assert common.length(text) == length
+
+
+@pytest.mark.parametrize("text", ["", "a lot", "20 %%", "1e3", "10 cm", "9" * 400, "inf%", "nan"])
+def test_a_length_that_is_none_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a length; give pixels like 128 or a share like 20%"):
+        common.length(text)
+
+
+@pytest.fixture
+def deep(desk):
+    """The photograph with 16 bits, none of which are its 8 bits twice."""
+    levels = np.asarray(Image.open("coffee.png")).astype(np.float32) * 257
+    levels += np.random.default_rng(0).integers(-128, 128, levels.shape)
+    write_image("deep.png", torch.from_numpy(levels.clip(0, 65535) / 65535), bits=16)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inpaint", "deep.png", "mask.png", "-p", "tea", *FAST),
+        ("fill", "deep.png", "mask.png", "--method", "telea"),
+        ("color", "deep.png", "coffee.png", "--apply-to", "mask", "--mask", "mask.png"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_picture_of_16_bits_is_kept_outside_the_mask_to_the_last_bit(mend, deep, command):
+    assert mend(*command, "-o", "x.png")[0] == 0
+    assert outside("x.png", photo="deep.png") == 0
+    assert mend(*command, "-o", "x.jpg")[0] == 0 and read_bits("x.jpg") == 8
+
+
+def test_a_picture_of_16_bits_is_enlarged_with_its_bits_and_a_mask_of_8(mend, deep):
+    command = ("outpaint", "deep.png", "--left", 16, "--pad-only", "-o", "x.png", "--mask-out", "m.png")
+    assert mend(*command)[0] == 0
+    assert torch.equal(read_image("x.png")[:, :, 16:], read_image("deep.png"))
+    assert (read_bits("x.png"), read_bits("m.png")) == (16, 8)
 
 
 @pytest.mark.parametrize("method", [method for method in common.FILLS if method not in common.NETWORK_FILLS])
@@ -230,11 +300,12 @@ def test_fill_does_what_its_flags_say(mend):
     command = ("fill", "coffee.png", "mask.png", "--method", "noise", "--force", "-o")
     assert mend(*command, "one.png", "--seed", 1)[0] == mend(*command, "two.png", "--seed", 2)[0] == 0
     assert mend(*command, "grown.png", "--seed", 1, "--grow", 5)[0] == 0
+    assert mend(*command, "percent.png", "--seed", 1, "--grow", f"{5 / 256:%}")[0] == 0
+    assert torch.equal(read_image("percent.png"), read_image("grown.png"))
     before, one, two, grown = (read_image(name) for name in ("coffee.png", "one.png", "two.png", "grown.png"))
     assert not torch.equal(one, two)
     assert (grown != before).any(dim=-1).sum() > 1.1 * (one != before).any(dim=-1).sum()
     refused(mend, "radius is 99; give a value from 1 to 64", *command, "x.png", "--radius", 99)
-    refused(mend, '"lama" needs its network', *command, "x.png", "--method", "lama")
     refused(mend, "lost.safetensors is not there", *command, "x.png", "--method", "lama", "--model", "lost.safetensors")
 
 
@@ -384,6 +455,8 @@ def test_numbers_and_names_out_of_range(mend, flag, value, said):
         (("inpaint", "coffee.png", "mask.png", "-o", "x.png", "--safety-threshold", "2"), r"not in 0\.\.1"),
         (("fill", "coffee.png", "mask.png", "-o", "x.png", "--method", "magic"), "invalid choice: 'magic'"),
         (("models", "pull"), "name what to pull"),
+        (("models", "list", "tiny"), "mend models pull tiny"),
+        (("mask", "mask.png", "-o", "x.png", "--seed", "3"), r"--seed 3 \(see mend mask --help\)"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(mend, arguments, said):
@@ -526,7 +599,9 @@ def test_every_field_of_the_request_has_a_flag():
     assert {"images", "seeds", "timings", "notices"} <= {field.name for field in dataclasses.fields(InpaintResult)}
 
 
-@pytest.mark.parametrize("command", ["inpaint", "outpaint", "fill", "mask", "check", "models", "demo"])
+@pytest.mark.parametrize(
+    "command", ["inpaint", "outpaint", "fill", "mask", "crop", "stitch", "color", "compare", "check", "models", "demo"]
+)
 def test_help_fits_the_terminal_and_shows_examples(capsys, command, monkeypatch):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])

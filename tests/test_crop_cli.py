@@ -1,12 +1,15 @@
 """mend crop and mend stitch."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from comfyui_mend import cli
 from comfyui_mend.cli import crop as crop_cli
 from comfyui_mend.engine.crop import CanvasSize, CropOptions, Overflow
+from comfyui_mend.engine.files import read_image, write_image
 from comfyui_mend.engine.fill import NETWORKS, FillMethod
 from comfyui_mend.engine.stitch import StitchOptions
 from PIL import Image
@@ -65,9 +68,51 @@ def test_nothing_is_overwritten_without_force(mend):
     line = "crop photo.png mask.png -o crop.png --record crop.json"
     assert mend(line)[0] == 0
     code, report, _ = mend(line)
-    assert code == 1 and "crop.json exists already" in report["error"]
+    assert code == 1 and "crop.png exists already" in report["error"]
+    code, report, _ = mend(line.replace("crop.png", "another.png"))
+    assert code == 1 and "crop.json exists already" in report["error"] and not Path("another.png").exists()
     assert mend(f"{line} --force")[0] == 0
     assert mend("stitch crop.png crop.json --image photo.png -o photo.png --force")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--record photo.png", "photo.png is a file, but no .json file"),
+        ("--record mask.png/here", "cannot be written"),
+        ("--record crop.json --mask-out crop.png", "crop.png is named twice"),
+        ("--record crop.json --mask-out crop-mask.png --each", "crop-mask-1.png is named twice"),
+        ("--record crop.json --stitch-mask crop-mask-1.png", "crop-mask-1.png is also an input"),
+    ],
+)
+def test_force_replaces_no_input_and_no_other_result(mend, line, says):
+    Image.open("mask.png").save("crop-mask-1.png")
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    code, report, _ = mend(f"crop photo.png mask.png -o crop.png --force {line}")
+    assert code == 1 and says in report["error"]
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_the_records_masks_are_kept_without_force(mend):
+    Image.open("mask.png").save("crop-mask-1.png")
+    code, report, _ = mend("crop photo.png mask.png -o crop.png --record crop.json")
+    assert code == 1 and "crop-mask-1.png exists already" in report["error"]
+    assert not Path("crop.png").exists()
+
+
+def test_16_bits_go_out_and_come_back(mend, desk):
+    levels = np.random.default_rng(2).integers(0, 65536, (1, 120, 160, 3)).astype(np.float32)
+    photo = torch.from_numpy(levels / np.float32(65535))
+    write_image("deep.png", photo, bits=16)
+    mend("crop deep.png mask.png -o crop.png --record crop.json --size own")
+    mend("stitch crop.png crop.json --image deep.png -o back.png")
+    assert torch.equal(read_image("back.png"), photo)
+    # an edit of one level in 65536, which in 8 bits would pass for none
+    crop = read_image("crop.png")
+    write_image("crop.png", torch.where(crop > 0.5, crop - 1 / 65535, crop + 1 / 65535), bits=16, force=True)
+    mend("stitch crop.png crop.json --image deep.png -o edited.png --color-match 0")
+    changed = (read_image("edited.png") != photo).any(dim=-1)[0].numpy()
+    assert np.array_equal(changed, desk)
 
 
 def test_another_picture_is_noticed_and_another_size_refused(mend):
@@ -100,7 +145,7 @@ def test_mistakes_get_a_sentence(mend, line, code, says):
 def test_the_choices_spelled_out_are_the_engines():
     assert tuple(choice.value for choice in CanvasSize) == crop_cli.SIZES
     assert tuple(choice.value for choice in Overflow) == crop_cli.OVERFLOWS
-    assert set(crop_cli.FILLS) == {method.value for method in FillMethod if method not in NETWORKS}
+    assert set(crop_cli.EXTENDING_FILLS) == {method.value for method in FillMethod if method not in NETWORKS}
 
 
 def test_the_flags_are_the_fields_of_the_options(mend):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from comfyui_mend import cli
 from comfyui_mend.cli import mask as command
-from comfyui_mend.engine.files import read_image, read_mask, read_parameters
+from comfyui_mend.engine.files import read_bits, read_image, read_mask, read_parameters
 from comfyui_mend.engine.mask_sources import ColorDistance, Operation
 from comfyui_mend.engine.masks import FeatherSide, MaskOptions, Shape, grow, prepare_masks
 from PIL import Image, ImageDraw
@@ -55,6 +55,14 @@ def test_percent_and_pixels_mix_and_are_written_as_they_were_typed(mend):
     assert torch.equal(read_mask("y.png"), grow(read_mask("mask.png"), -8))
 
 
+def test_a_mask_of_16_bits_stays_one_and_the_preview_does_not(mend):
+    levels = np.linspace(6000, 60000, 200 * 400).reshape(200, 400).astype(np.uint16)
+    Image.fromarray(levels).save("deep.png")
+    assert mend("deep.png", "-o", "x.png", "--preview", "look.png")[0] == 0
+    assert torch.equal(read_mask("x.png"), read_mask("deep.png"))
+    assert (read_bits("x.png"), read_bits("look.png")) == (16, 8)
+
+
 def test_the_three_masks_are_written(mend):
     flags = ("--grow", 5, "--feather", 4, "--user-mask", "user.png", "--sampler-mask", "sampler.png")
     code, out, _ = mend("mask.png", *flags, "--downscale", 16, "-o", "stitch.png", "--json")
@@ -96,7 +104,10 @@ def test_the_preview_is_drawn_on_the_picture_and_the_report_printed(mend):
         (("after.png", "--from", "color"), 2, "needs --color"),
         (("before.png", "--from", "difference"), 2, "needs --after"),
         (("mask.png", "--image", "before.png"), 2, "add --preview FILE"),
-        (("mask.png", "--grow", "wide"), 2, "'wide' is no length; give pixels such as 8, or percent such as 2%"),
+        (("mask.png", "--color", "red"), 2, "--color is for --from color"),
+        (("before.png", "--from", "alpha", "--after", "after.png"), 2, "--after is for --from difference"),
+        (("mask.png", "--operation", "xor"), 2, "give it with --combine FILE"),
+        (("mask.png", "--grow", "wide"), 2, "'wide' is not a length; give pixels like 128 or a share like 20%"),
         (("mask.png", "--grow", "300%"), 1, "300 % of 400x200"),
         (("after.png", "--from", "color", "--color", "glod"), 1, "'glod' is no colour"),
         (("after.png", "--from", "alpha"), 1, "no alpha channel"),

@@ -251,25 +251,6 @@ def test_a_feather_that_had_to_shrink_is_said(size, padding, feather, notices):
     assert all(part in notice for part, notice in zip(notices, found, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("text", "length"),
-    [
-        ("128", Length(128)),
-        (" 20 % ", Length(20, Unit.PERCENT)),
-        ("-12.5%", Length(-12.5, Unit.PERCENT)),
-        ("8px", (8, "pixels")),
-    ],
-)
-def test_a_length_is_pixels_or_percent(text, length):
-    assert Length.parse(text) == length
-
-
-@pytest.mark.parametrize("text", ["", "a lot", "20 %%", "1e3", "10 cm", "9" * 400])
-def test_a_length_that_is_none_is_refused(text):
-    with pytest.raises(InputError, match="is not a length; give pixels like 128 or a share like 20%"):
-        Length.parse(text)
-
-
 def test_percent_are_of_the_side_they_lie_on_and_round_alike_on_both():
     room = Room(
         left=Length(50, Unit.PERCENT), top=Length(20, Unit.PERCENT), bottom=Length(-20, Unit.PERCENT), right=Length(3)
