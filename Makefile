@@ -2,6 +2,7 @@
 # make test   lint, types and every test
 # make sheet  fills, stitches, seams, masks, pads and colour matches to look at, under sheet-output/
 # make bench  exact figures and speeds beside every peer that is installed; ARGS="--custom-nodes DIR --only T8"
+# make train  the model that comes with the project, from nothing or from where it was stopped; training-runs/
 # All set up .venv first; PYTHON=python3.12 chooses the interpreter it is made from.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint sheet bench clean
+.PHONY: demo test lint sheet bench train clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -24,7 +25,7 @@ demo: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --explicit-package-bases engine
+	$(BIN)/mypy --explicit-package-bases engine training
 
 test: lint
 	$(BIN)/python -m pytest --cov --cov-report=term
@@ -34,6 +35,9 @@ sheet: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/pixels.py $(ARGS)
+
+train: $(READY)
+	$(BIN)/python -m comfyui_mend.training $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output sheet-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

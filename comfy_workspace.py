@@ -162,8 +162,6 @@ class Server:
     workspace: Workspace
     base: Path
     arguments: Sequence[str] = ()
-    model_folders: Mapping[str, Sequence[Path]] = field(default_factory=dict)
-    """Where more models are, by ComfyUI's names for their kinds, "checkpoints" for example."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Added to this process's."""
     link: bool = True
@@ -208,17 +206,12 @@ class Server:
         self.stop()
 
     def _command(self) -> list[str | Path]:
-        # JSON is YAML
-        paths = {kind: "\n".join(map(str, folders)) for kind, folders in self.model_folders.items()}
-        models = self.base / "models.yaml"
-        models.write_text(json.dumps({"mend": {"base_path": str(self.base), **paths}}))
         # every flag is known to ComfyUI 0.16 and later; threads of the oldest do not share a database in memory
         return [
             *(self.workspace.python, self.workspace.path / "main.py"),
             *("--listen", "127.0.0.1", "--port", str(self.port)),
             *("--base-directory", self.base, "--database-url", f"sqlite:///{self.base / 'comfyui.db'}"),
             *("--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK_FOLDER),
-            *("--extra-model-paths-config", models),
             *("--disable-api-nodes", "--disable-auto-launch"),
             *([] if _has_accelerator(self.workspace) else ["--cpu"]),
             *self.arguments,

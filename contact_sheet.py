@@ -20,7 +20,6 @@ INK = (28, 30, 34)
 FAINT = (116, 118, 124)
 LINE = (222, 220, 214)
 ACCENT = (238, 82, 48)
-WARNING = (176, 98, 0)
 COLUMNS = ("before", "mask", "after")
 
 
@@ -38,8 +37,6 @@ class Row:
     """L, at the size of ``after``; white was changed."""
     after: Image.Image
     """RGB."""
-    warning: str = ""
-    """Drawn large enough that nobody takes the picture for something that it is not."""
 
     @property
     def panel(self) -> Size:
@@ -76,14 +73,6 @@ def _draw_row(sheet: Image.Image, top: int, number: int, row: Row) -> None:
         left = MARGIN + column * (PANEL_WIDTH + GAP)
         pen.text((left, top + 54), name, FAINT, _font(18))
         sheet.paste(panel, (left, top + TITLE_HEIGHT))
-    if row.warning:
-        _draw_warning(pen, row.warning, sheet.width - MARGIN, top + 49)
-
-
-def _draw_warning(pen: ImageDraw.ImageDraw, text: str, right: int, top: int) -> None:
-    length = pen.textlength(text, _font(18))
-    pen.rounded_rectangle((right - length - 24, top - 2, right, top + 27), 6, fill=(255, 240, 214))
-    pen.text((right - length - 12, top + 3), text, WARNING, _font(18))
 
 
 def _panels(row: Row) -> tuple[Image.Image, Image.Image, Image.Image]:

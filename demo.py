@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,22 +36,13 @@ from .engine.host import LocalHost
 from .engine.images import to_bytes
 from .engine.inpaint import inpaint
 from .engine.masks import MaskOptions, prepare
-from .engine.models.detect import CONFIGS, check_folder, recognise
-from .engine.models.load import (
-    build_text_encoder,
-    build_unet,
-    build_vae,
-    find_models,
-    load_model,
-    read_configs,
-)
+from .engine.models.detect import SHIPPED
+from .engine.models.load import load_model
 from .engine.outpaint import Padding, pad
 from .engine.safety import BUILT_IN, SafetyAction, check, load_safety_checker
-from .engine.types import Box, InpaintRequest, MendError, MissingPackageError, ModelFileError
+from .engine.types import Box, InpaintRequest, MendError, MissingPackageError
 
-RANDOM_MODEL = "random-weights"
-RANDOM_NOTE = "random weights: shows the path, not a picture"
-SEED = 7
+MODEL = SHIPPED / "mend-shapes"
 
 # The rocket with its tower, drawn on the 640x427 photograph.
 ROCKET = (
@@ -62,18 +52,24 @@ ROCKET = (
 )
 ROCKET_OPTIONS = MaskOptions(grow=4, feather=3)
 CAT_PADDING = Padding(right=150)
-# The coffee in the cup, on the 600x400 photograph.
-COFFEE_BOX = (206, 98, 369, 193)
-COFFEE_OPTIONS = MaskOptions(grow=0, feather=6)
-PROMPT = "latte art, a heart drawn in white milk foam, cup of coffee from above"
+# A piece of the coffee in the cup, on the 600x400 photograph.
+FOAM_BOX = (266, 122, 310, 166)
+# The drawing: a red disk on a slope of two colours, whose hole is a square.
+DRAWING_SIDE = 128
+DRAWING_COLORS = ((0.16, 0.36, 0.60), (0.62, 0.80, 0.78))
+DISK_BOX = (46, 46, 82, 82)
+DISK_COLOR = (0.85, 0.10, 0.12)
+HOLE_BOX = (42, 42, 85, 85)
+EDIT_OPTIONS = MaskOptions(grow=0, feather=2)
 
 
 class Edit(NamedTuple):
     """What the diffusion path is asked for."""
 
     prompt: str
-    steps: int
     seed: int
+    steps: int = 25
+    guidance_scale: float = 4.0
 
 
 class Runner(Protocol):
@@ -104,7 +100,6 @@ class EngineRunner:
     """The engine in this process."""
 
     host: LocalHost
-    model: Path
     name: str = "the engine alone"
 
     def remove(self, image: Tensor, mask: Tensor, options: MaskOptions) -> tuple[Tensor, Tensor]:
@@ -117,8 +112,8 @@ class EngineRunner:
 
     def edit(self, image: Tensor, mask: Tensor, options: MaskOptions, edit: Edit) -> tuple[Tensor, Tensor]:
         prepared = prepare(mask, options)
-        model = load_model(self.model, self.host)
-        request = InpaintRequest(image=image, mask=prepared, prompt=edit.prompt, steps=edit.steps, seed=edit.seed)
+        model = load_model(MODEL, self.host)
+        request = InpaintRequest(image=image, mask=prepared, **edit._asdict())
         return inpaint(request, model, self.host).images, prepared
 
     def score(self, image: Tensor) -> float | None:
@@ -135,8 +130,6 @@ class ComfyRunner:
 
     name: str
     server: Server
-    model: str
-    """Its name in MendLoadModel's menu."""
 
     def remove(self, image: Tensor, mask: Tensor, options: MaskOptions) -> tuple[Tensor, Tensor]:
         return self._pictures(
@@ -163,23 +156,20 @@ class ComfyRunner:
             model=["model", 0],
             image=["image", 0],
             mask=["prepared", 0],
-            prompt=edit.prompt,
             negative_prompt="",
             scheduler="DPMSolverMultistep",
-            steps=edit.steps,
-            guidance_scale=7.5,
             strength=1.0,
-            seed=edit.seed,
             count=1,
             width=0,
             height=0,
             crop="auto",
             compat="off",
+            **edit._asdict(),
         )
         return self._pictures(
             {
                 **self._inputs(image, mask, options),
-                "model": _node("MendLoadModel", model=self.model, prediction_type="auto", precision="auto"),
+                "model": _node("MendLoadModel", model=MODEL.name, prediction_type="auto", precision="auto"),
                 "painted": painted,
                 **_outputs(image=["painted", 0], mask=["prepared", 0]),
             }
@@ -245,9 +235,6 @@ class Stage:
     runner: Runner
     photo: Callable[[str], Tensor]
     """A photograph by its name in scikit-image, [1, H, W, 3]."""
-    edit: Edit
-    warning: str
-    """What must be said of a picture that the model made."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +250,6 @@ class Scene:
     after: Tensor
     place: Box
     """Where ``before`` lies in ``after``."""
-    warning: str = ""
     seconds: float = 0.0
     score: float | None = None
 
@@ -290,15 +276,38 @@ def extend_picture(stage: Stage) -> Scene:
     return Scene("2-extend", "Extend a picture", facts, photo, mask, after, _box_of(photo))
 
 
-def edit_by_prompt(stage: Stage) -> Scene:
-    photo = stage.photo("coffee")
-    mask = _drawn(photo, lambda pen, scale: pen.ellipse([edge * scale for edge in COFFEE_BOX], fill=255))
-    after, used = stage.runner.edit(photo, mask, COFFEE_OPTIONS, stage.edit)
-    facts = f"“{stage.edit.prompt}”, {stage.edit.steps} steps, seed {stage.edit.seed}"
-    return Scene("3-edit", "Edit by a prompt", facts, photo, used, after, _box_of(photo), stage.warning)
+def edit_photo(stage: Stage) -> Scene:
+    return _edited(
+        stage, "3-edit", "Edit a photo by a prompt", stage.photo("coffee"), FOAM_BOX, Edit("a white heart", 0)
+    )
 
 
-SCENES = (remove_object, extend_picture, edit_by_prompt)
+def replace_shape(stage: Stage) -> Scene:
+    return _edited(stage, "4-replace", "Replace something", draw_disk(), HOLE_BOX, Edit("a yellow star", 0))
+
+
+def continue_background(stage: Stage) -> Scene:
+    return _edited(stage, "5-continue", "Remove something, with an empty prompt", draw_disk(), HOLE_BOX, Edit("", 0))
+
+
+def _edited(stage: Stage, key: str, title: str, before: Tensor, box: tuple[int, ...], edit: Edit) -> Scene:
+    mask = _drawn(before, lambda pen, scale: pen.rectangle([edge * scale for edge in box], fill=255))
+    after, used = stage.runner.edit(before, mask, EDIT_OPTIONS, edit)
+    facts = f"“{edit.prompt}”, {edit.steps} steps, seed {edit.seed}, painted by {MODEL.name}, which comes with the pack"
+    return Scene(key, title, facts, before, used, after, _box_of(before))
+
+
+def draw_disk() -> Tensor:
+    """A red disk on a gradient from top left to bottom right, [1, H, W, 3]."""
+    slope = torch.linspace(0, 1, DRAWING_SIDE)
+    weight = ((slope[:, None] + slope) / 2)[None, ..., None]
+    first, second = torch.tensor(DRAWING_COLORS)
+    ground = first * (1 - weight) + second * weight
+    disk = _drawn(ground, lambda pen, scale: pen.ellipse([edge * scale for edge in DISK_BOX], fill=255))[..., None]
+    return ground * (1 - disk) + torch.tensor(DISK_COLOR) * disk
+
+
+SCENES = (remove_object, extend_picture, edit_photo, replace_shape, continue_background)
 
 
 def play(scene: Callable[[Stage], Scene], stage: Stage) -> Scene:
@@ -336,10 +345,9 @@ def run(out: Path, host: LocalHost, *, say: Callable[[str], None], engine_only: 
     with tempfile.TemporaryDirectory(prefix="mend-demo-") as folder:
         scratch = Path(folder)
         workspace = None if engine_only else _find_comfyui(say)
-        model = smallest_model(host) or _random_model(scratch)
-        with _open_runner(workspace, scratch, host, model) as runner:
+        with _open_runner(workspace, scratch, host) as runner:
             say(f"Run by {runner.name}.")
-            stage = Stage(runner, photo, model.edit, RANDOM_NOTE if model.random else "")
+            stage = Stage(runner, photo)
             scenes = []
             for scene in SCENES:
                 scenes.append(play(scene, stage))
@@ -351,8 +359,7 @@ def run(out: Path, host: LocalHost, *, say: Callable[[str], None], engine_only: 
         "files": [str(path) for path in files],
         "sheet": str(sheet),
         "runner": runner.name,
-        "model": model.name,
-        "random_weights": model.random,
+        "model": MODEL.name,
         "change_outside": {scene.key: scene.change_outside for scene in scenes},
         "scores": {scene.key: scene.score for scene in scenes},
         "timings": {**seconds, "total": round(time.perf_counter() - started, 3)},
@@ -360,11 +367,10 @@ def run(out: Path, host: LocalHost, *, say: Callable[[str], None], engine_only: 
 
 
 def _summary(scene: Scene) -> str:
-    facts = (
-        f"{scene.title:18}{scene.seconds:5.1f} s   largest change outside the mask: {scene.change_outside:g}"
+    return (
+        f"{scene.title:40}{scene.seconds:5.1f} s   largest change outside the mask: {scene.change_outside:g}"
         f"   safety score: {_score_text(scene)}"
     )
-    return f"{facts}   ({scene.warning})" if scene.warning else facts
 
 
 def _score_text(scene: Scene) -> str:
@@ -400,81 +406,15 @@ def _find_comfyui(say: Callable[[str], None]) -> Workspace | None:
 
 
 @contextlib.contextmanager
-def _open_runner(workspace: Workspace | None, scratch: Path, host: LocalHost, model: Model) -> Iterator[Runner]:
+def _open_runner(workspace: Workspace | None, scratch: Path, host: LocalHost) -> Iterator[Runner]:
     if workspace is None:
-        yield EngineRunner(host, model.path)
+        yield EngineRunner(host)
         return
-    kind = "diffusers" if model.path.is_dir() else "checkpoints"
     try:
-        with Server(workspace, scratch / "comfyui", model_folders={kind: [model.root]}) as server:
-            yield ComfyRunner(f"ComfyUI {workspace.version}", server, model.name)
+        with Server(workspace, scratch / "comfyui") as server:
+            yield ComfyRunner(f"ComfyUI {workspace.version}", server)
     except ServerError as error:
         raise MendError(str(error)) from error
-
-
-# --- the model of the edit
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model on disk."""
-
-    name: str
-    """In menus: its place below ``root``."""
-    path: Path
-    random: bool = False
-    """Untrained, made on the spot."""
-
-    @property
-    def root(self) -> Path:
-        return self.path.parents[len(Path(self.name).parts) - 1]
-
-    @property
-    def edit(self) -> Edit:
-        return Edit(PROMPT, steps=8 if self.random else 25, seed=SEED)
-
-
-def smallest_model(host: LocalHost) -> Model | None:
-    """Of the models at hand, the one with the fewest bytes."""
-    for name, path in sorted(find_models(host).items(), key=lambda entry: _bytes_of(entry[1])):
-        with contextlib.suppress(ModelFileError):
-            if path.is_dir():
-                check_folder(path)
-            else:
-                recognise(path)
-            return Model(name, path)
-    return None
-
-
-def _bytes_of(path: Path) -> int:
-    files = path.rglob("*.safetensors") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
-
-
-def _random_model(scratch: Path) -> Model:
-    """Stable Diffusion's inpainting model for 256 pixels, narrow and untrained, as a diffusers folder."""
-    from transformers.utils import logging
-
-    folder = scratch / RANDOM_MODEL
-    shipped = CONFIGS / "sd15-inpaint"
-    logging.disable_progress_bar()
-    configs = read_configs(shipped)
-    width = 32
-    torch.manual_seed(0)
-    for part, build, config, narrow in (
-        (
-            "unet",
-            build_unet,
-            configs.unet,
-            {"block_out_channels": [width] * 4, "cross_attention_dim": width, "sample_size": 32},
-        ),
-        ("vae", build_vae, configs.vae, {"block_out_channels": [width] * 4}),
-        ("text_encoder", build_text_encoder, configs.text_encoder, {"hidden_size": width, "num_attention_heads": 4}),
-    ):
-        module: Any = build({**config, **narrow})
-        module.save_pretrained(folder / part)
-    shutil.copytree(shipped / "scheduler", folder / "scheduler")
-    return Model(folder.name, folder, random=True)
 
 
 def _save(out: Path, scene: Scene) -> list[Path]:
@@ -491,7 +431,6 @@ def _save_sheet(out: Path, scenes: Sequence[Scene], runner: str) -> Path:
             place=scene.place,
             mask=_picture(scene.mask[..., None]),
             after=_picture(scene.after),
-            warning=scene.warning,
         )
         for scene in scenes
     ]

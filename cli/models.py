@@ -76,11 +76,14 @@ def run(arguments: argparse.Namespace) -> Report:
 
 
 def _list_models(arguments: argparse.Namespace) -> Report:
-    from ..engine.models.load import find_models
+    from ..engine.models.detect import SHIPPED
+    from ..engine.models.load import available_models
 
-    found = find_models(local_host(arguments))
+    found = available_models(local_host(arguments))
     return {
-        "models": [{"name": name, "path": str(path)} for name, path in found.items()],
+        "models": [
+            {"name": name, "path": str(path), "shipped": SHIPPED in path.parents} for name, path in found.items()
+        ],
         "folders": [str(folder) for folder in model_roots(arguments)],
     }
 
@@ -118,8 +121,11 @@ def _download_folder(arguments: argparse.Namespace) -> Path:
 def show_models(report: Report) -> str:
     if "path" in report:
         return f"{report['path']}  ({report['timings']['total']:.1f} s)"
-    if report["models"]:
-        width = max(len(model["name"]) for model in report["models"])
-        return "\n".join(f"{model['name']:{width}}  {model['path']}" for model in report["models"])
-    searched = "\n".join(f"  {folder}" for folder in report["folders"]) or "  nothing: no model folder exists"
-    return f"No models. Searched:\n{searched}\nDownload one with `mend models pull REPO`, or give --models-dir."
+    models = report["models"]
+    width = max((len(model["name"]) for model in models), default=0)
+    lines = [f"{model['name']:{width}}  {'comes along' if model['shipped'] else model['path']}" for model in models]
+    if all(model["shipped"] for model in models):
+        searched = [f"  {folder}" for folder in report["folders"]] or ["  nothing: no model folder exists"]
+        lines += ["No models of yours. Searched:", *searched]
+        lines.append("Download one with `mend models pull REPO`, or give --models-dir.")
+    return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,32 +200,33 @@ def _parameters(request: InpaintRequest, seed: int, model: Path) -> dict[str, An
 
 
 def find_model(arguments: argparse.Namespace, host: LocalHost) -> Path:
-    """The model that --model names, by path or by its name in `mend models`; without --model, the only one there is."""
-    from ..engine.models.load import find_models
+    """The model that --model names, by path or by its name in `mend models`; without --model, the only one there is
+    beside those that come with the pack, which nobody wants by accident."""
+    from ..engine.models.load import available_models, find_models
     from ..engine.types import ModelFileError
 
     wanted = arguments.model
-    if wanted and Path(wanted).exists():
-        return Path(wanted)
-    found = find_models(host)
     if wanted:
-        same = [path for name, path in found.items() if wanted in (name, name.removesuffix(".safetensors"), path.stem)]
-        if same:
-            return same[0]
-    elif len(found) == 1:
-        return next(iter(found.values()))
-    names = ", ".join(list(found)[:5]) + (", ..." if len(found) > 5 else "")
-    if wanted and found:
-        raise ModelFileError(f'There is no model "{wanted}"; `mend models` lists what there is: {names}.')
-    if wanted:
-        raise ModelFileError(
-            f'There is no model "{wanted}", neither as a path nor in a model folder (mend models --help).'
-        )
-    if found:
-        raise ModelFileError(f"There are {len(found)} models; choose one with --model: {names}.")
+        if Path(wanted).exists():
+            return Path(wanted)
+        models = available_models(host)
+        for name, path in models.items():
+            if wanted in (name, name.removesuffix(".safetensors"), path.stem):
+                return path
+        raise ModelFileError(f'There is no model "{wanted}"; `mend models` lists what there is: {_some(models)}.')
+    models = find_models(host)
+    if len(models) == 1:
+        return next(iter(models.values()))
+    if models:
+        raise ModelFileError(f"There are {len(models)} models; choose one with --model: {_some(models)}.")
     raise ModelFileError(
-        "No model was found; give --model PATH, put one into ./models, or download one with `mend models pull REPO`."
+        "No model was found; give --model PATH, put one into ./models, download one with `mend models pull REPO`, or"
+        " try --model mend-shapes, which comes along and paints coloured shapes."
     )
+
+
+def _some(models: Collection[str]) -> str:
+    return ", ".join(list(models)[:5]) + (", ..." if len(models) > 5 else "")
 
 
 def _safety_checker(arguments: argparse.Namespace, host: LocalHost, notices: list[str]) -> SafetyChecker | None:

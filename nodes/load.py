@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..engine.models.detect import PREDICTION_TYPES
 from ..engine.models.download import DownloadBar, Variant, check_names, pull
-from ..engine.models.load import CONFIG_SUFFIX, find_models, load_model
+from ..engine.models.load import CONFIG_SUFFIX, available_models, load_model
 from ..engine.types import InputError, ModelFileError
 from .comfy_host import ComfyHost, MendModel
 from .convert import ModelType
@@ -20,7 +20,6 @@ log = logging.getLogger("mend")
 
 AUTO = "auto"
 PRECISIONS = {AUTO: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-NO_MODELS = "no model found"
 FOLDERS_HINT = (
     "put a diffusers folder into models/diffusers or a .safetensors checkpoint into models/checkpoints and reload the"
     " page, or use Download Model (Mend)"
@@ -64,10 +63,11 @@ class MendLoadModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=list(find_models(ComfyHost())) or [NO_MODELS],
+                    options=list(available_models(ComfyHost())),
                     tooltip=(
                         "Folders in models/diffusers and .safetensors files in models/checkpoints. Models made for"
-                        " inpainting (9 input channels) follow the surroundings best."
+                        " inpainting (9 input channels) follow the surroundings best. mend-shapes comes with the pack"
+                        " and paints coloured shapes only, for trying things out."
                     ),
                 ),
                 io.Combo.Input(
@@ -95,23 +95,21 @@ class MendLoadModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model: str | None) -> bool | str:
-        found = find_models(ComfyHost())
+        found = available_models(ComfyHost())
         if model is None or model in found:
             return True
-        if not found:
-            return f"No model found: {FOLDERS_HINT}."
         return (
             f"{model} is not among the models found ({', '.join(list(found)[:5])}): choose another, or {FOLDERS_HINT}."
         )
 
     @classmethod
     def fingerprint_inputs(cls, model: str, **options: str) -> str:
-        path = find_models(ComfyHost()).get(model)
+        path = available_models(ComfyHost()).get(model)
         return "" if path is None else file_stamp(path)
 
     @classmethod
     def execute(cls, model: str, prediction_type: str = AUTO, precision: str = AUTO) -> io.NodeOutput:
-        path = find_models(ComfyHost()).get(model)
+        path = available_models(ComfyHost()).get(model)
         if path is None:
             raise ModelFileError(f"{model} is not there any more: choose another model, or {FOLDERS_HINT}.")
         return io.NodeOutput(load_shared(path, prediction_type, precision))

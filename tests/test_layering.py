@@ -21,6 +21,7 @@ ARROWS = {
     "nodes": {"nodes", "engine"},
     "comfy_workspace": set(),
     "contact_sheet": {"engine"},
+    "training": {"training", "engine"},
     "demo": {"engine", "comfy_workspace", "contact_sheet"},
     "cli": {"cli", "engine", "comfy_workspace", "demo"},
 }
@@ -128,16 +129,16 @@ except SystemExit as end:
 
 def test_the_wheel_holds_every_package():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    hidden = {".venv", "tests", "build", "dist", "benchmarks"}
+    hidden = {".venv", "tests", "build", "dist", "benchmarks", "training"}
     folders = {path.parent.relative_to(ROOT) for path in ROOT.rglob("__init__.py")}
     found = {folder for folder in folders if not hidden & set(folder.parts)}
     assert sorted(listed) == sorted(".".join(("comfyui_mend", *folder.parts)) for folder in found)
 
 
-def test_the_wheel_holds_the_shipped_configs():
+def test_the_wheel_holds_the_shipped_configs_and_models():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     models = ROOT / "engine" / "models"
-    shipped = {path for path in (models / "configs").rglob("*") if path.is_file()}
+    shipped = {path for name in ("configs", "shipped") for path in (models / name).rglob("*") if path.is_file()}
     matched = {
         path for pattern in data["comfyui_mend.engine.models"] for path in models.glob(pattern) if path.is_file()
     }

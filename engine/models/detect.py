@@ -13,6 +13,8 @@ from .ldm import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
 from .weight_files import PICKLE_SUFFIXES, SAFE_COPY, Header, read_header, read_json
 
 CONFIGS = Path(__file__).parent / "configs"
+SHIPPED = Path(__file__).parent / "shipped"
+"""Diffusers folders that come with the pack."""
 SUPPORTED = "Stable Diffusion 1.x and 2.x, with 4 or 9 (inpainting) input channels"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 CHANNELS = (4, 9)

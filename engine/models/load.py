@@ -19,6 +19,7 @@ from . import ldm
 from .detect import (
     CONFIGS,
     PREDICTION_TYPES,
+    SHIPPED,
     Checkpoint,
     TextLayout,
     check_folder,
@@ -104,6 +105,12 @@ def find_models(host: Host) -> dict[str, Path]:
                 if name.lower().endswith(".safetensors") and not name.startswith("."):
                     found.setdefault((folder / name).relative_to(root).as_posix(), folder / name)
     return dict(sorted(found.items(), key=lambda entry: entry[0].casefold()))
+
+
+def available_models(host: Host) -> dict[str, Path]:
+    """The host's models, and after them, where no model of the host has the name, those that come with the pack."""
+    shipped = {folder.name: folder for folder in _pipelines_below(SHIPPED)}
+    return (found := find_models(host)) | {name: path for name, path in shipped.items() if name not in found}
 
 
 def read_configs(folder: Path) -> Configs:
