@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..engine.models.detect import SHIPPED
 from . import train_unet, train_vae
 from .export import export
 from .models import PRESETS
 
-ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ROOT / "engine" / "models" / "shipped" / "mend-shapes"
+MODEL = SHIPPED / "mend-shapes"
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--runs", type=Path, default=Path("training-runs"), help="checkpoints (default: %(default)s)")
-    parser.add_argument("--model", type=Path, default=SHIPPED, help="folder to write (default: the shipped one)")
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder to write (default: the shipped one)")
     parser.add_argument("--preset", choices=PRESETS, default="small", help="widths (default: %(default)s)")
     parser.add_argument("--vae-steps", type=int, default=train_vae.STEPS, help="default: %(default)s")
     parser.add_argument("--unet-steps", type=int, default=train_unet.STEPS, help="default: %(default)s")

@@ -1,4 +1,4 @@
-"""``python -m comfyui_mend.training.evaluate [MODEL]`` measures an exported model on held-out pictures, prompts, holes and seeds.
+"""Measures an exported model on held-out pictures, prompts, holes and seeds.
 
 A line of JSON each: the VAE's PSNR; the error of removal (an empty prompt) against the true background; the judges'
 verdict on the true pictures, which is the most that any model can reach; and for every scheduler and number of steps
@@ -22,17 +22,18 @@ from torch import Tensor
 
 from ..engine.host import LocalHost
 from ..engine.inpaint import inpaint
+from ..engine.models.detect import SHIPPED
 from ..engine.models.load import load_model
 from ..engine.models.protocol import InpaintModel
 from ..engine.schedulers import SCHEDULERS
 from ..engine.types import InpaintRequest
 from . import scenes
-from .__main__ import SHIPPED
 from .pipeline import paint, use_scheduler
 from .runs import save_sheet
 from .scenes import Array, Kind, Sample
 from .train_vae import check
 
+MODEL = SHIPPED / "mend-shapes"
 SEED = 2001
 CHANGED = 0.2
 """Distance in RGB, of sqrt(3), from which a pixel differs from the background."""
@@ -244,7 +245,9 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", type=Path, nargs="?", default=SHIPPED, help="a folder (default: the shipped model)")
+    parser.add_argument(
+        "model", type=Path, nargs="?", default=SHIPPED / "mend-shapes", help="a folder (default: the shipped model)"
+    )
     parser.add_argument("--by", choices=("mend", "diffusers"), default="mend", help="who paints (default: mend)")
     parser.add_argument("--count", type=int, default=96, help="pictures for each line (default: %(default)s)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[4.0], help="default: 4")

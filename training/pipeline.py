@@ -74,10 +74,11 @@ def load_runs(vae_run: Path, unet_run: Path, preset: str) -> Any:
 
 
 def use_scheduler(pipeline: Any, name: str, **options: Any) -> None:
-    """Replaces the pipeline's scheduler by another class of diffusers with the same noise."""
+    """Replaces the pipeline's scheduler by another class of diffusers with the settings the exported model has."""
     import diffusers
 
-    pipeline.scheduler = getattr(diffusers, name).from_config(SCHEDULER, **options)
+    exported = diffusers.PNDMScheduler.from_config(SCHEDULER).config
+    pipeline.scheduler = getattr(diffusers, name).from_config(exported, **options)
 
 
 def paint(

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 STATE = "state.safetensors"
 LOG = "log.jsonl"
 CHECKPOINT_SECONDS = 300
-DECAY = 0.2
-"""The last part of a run, over which the learning rate falls to zero."""
 WARMUP = 100
+BETAS = (0.9, 0.99)
 
 
 class Run:
@@ -34,9 +33,9 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, modules: Mapping[str, nn.Module], lr: float, ema: float = 0.999, beta2: float = 0.99
+        self, folder: Path, modules: Mapping[str, nn.Module], lr: float, decay: float = 0.2, ema: float = 0.999
     ) -> None:
-        self.folder, self.modules, self.lr, self.ema_decay = folder, modules, lr, ema
+        self.folder, self.modules, self.lr, self.decay, self.ema_decay = folder, modules, lr, decay, ema
         self.step = 0
         self.named = {
             f"{part}/{name}": parameter
@@ -46,7 +45,7 @@ class Run:
         }
         self.parameters: list[Tensor] = list(self.named.values())
         self.average = [parameter.detach().clone() for parameter in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, beta2), weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
         self._stop = False
         self._saved = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +58,7 @@ class Run:
             signal.signal(number, self._on_signal)
         while self.step < total and not self._stop:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * rate(self.step, total)
+                group["lr"] = self.lr * rate(self.step, total, self.decay)
             yield self.step
             self.step += 1
             if time.monotonic() - self._saved > CHECKPOINT_SECONDS:
@@ -138,9 +137,9 @@ class Run:
             file.write(json.dumps(record) + "\n")
 
 
-def rate(step: int, total: int) -> float:
-    """The learning rate's factor: a linear warm-up, constant, and linearly down to zero over the last DECAY."""
-    return min(1.0, (step + 1) / WARMUP, (total - step) / max(1.0, DECAY * total))
+def rate(step: int, total: int, decay: float) -> float:
+    """The learning rate's factor: a linear warm-up, constant, and down to zero over the last share ``decay``."""
+    return min(1.0, (step + 1) / WARMUP, (total - step) / max(1.0, decay * total))
 
 
 def load_average(folder: Path, part: str, module: nn.Module) -> nn.Module:

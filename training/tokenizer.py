@@ -55,16 +55,22 @@ def _merge(symbols: Symbols, pair: Pair) -> Symbols:
     return tuple(merged)
 
 
-def build_tokenizer() -> Any:
-    """transformers' CLIPTokenizer over the captions' words."""
-    from transformers import CLIPTokenizer
-
+def write_vocabulary(folder: Path) -> tuple[Path, Path]:
+    """vocab.json and merges.txt, which every version of transformers reads."""
     letters, merges = byte_symbols(), learn_merges(words())
     tokens = [*letters, *(letter + END_OF_WORD for letter in letters)]
     tokens += [token for token in dict.fromkeys(a + b for a, b in merges) if token not in tokens]
     tokens += [BOS, EOS]
+    vocab, rules = folder / "vocab.json", folder / "merges.txt"
+    vocab.write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+    rules.write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]), encoding="utf-8")
+    return vocab, rules
+
+
+def build_tokenizer() -> Any:
+    """transformers' CLIPTokenizer over the captions' words."""
+    from transformers import CLIPTokenizer
+
     with tempfile.TemporaryDirectory() as folder:
-        vocab, rules = Path(folder, "vocab.json"), Path(folder, "merges.txt")
-        vocab.write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
-        rules.write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]), encoding="utf-8")
+        vocab, rules = write_vocabulary(Path(folder))
         return CLIPTokenizer(str(vocab), str(rules), model_max_length=TOKENS, pad_token=EOS)

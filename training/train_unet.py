@@ -19,9 +19,11 @@ from .tokenizer import build_tokenizer
 
 SEED = 2
 SHEET_SEED = 1002
-STEPS = 9000
+STEPS = 7500
 BATCH = 32
 RATE = 1e-3
+DECAY = 0.4
+"""The last part of the run, over which the rate falls to zero."""
 FRESH = 48
 """Steps between two new shards of pictures."""
 EVERY = 500
@@ -96,7 +98,7 @@ def train(folder: Path, vae_run: Path, preset: str, steps: int = STEPS) -> bool:
     tokenizer = build_tokenizer()
     ids = tokenize(tokenizer, scenes.captions()).to(device)
     unet, text_encoder = build_unet(preset).to(device), build_text(tokenizer).to(device)
-    run = Run(folder, {"unet": unet, "text_encoder": text_encoder}, RATE)
+    run = Run(folder, {"unet": unet, "text_encoder": text_encoder}, RATE, DECAY)
     if not run.resume():
         run.log(lesson=teach_words(text_encoder, ids))
         run.average = [parameter.detach().clone() for parameter in run.parameters]

@@ -133,7 +133,7 @@ def test_the_average_is_lent_and_given_back(tmp_path, signals):
 
 
 def test_the_rate_warms_up_stays_and_falls_to_zero():
-    rates = [rate(step, 10_000) for step in range(10_001)]
+    rates = [rate(step, 10_000, 0.2) for step in range(10_001)]
     assert rates[0] == 0.01 and rates[99] == rates[5000] == rates[8000] == 1 and rates[9000] == 0.5 and rates[-1] == 0
 
 
