@@ -368,7 +368,8 @@ def test_models_are_found_in_the_flag_the_variable_comfyui_and_here(mend, models
         (folder / "diffusers").mkdir(parents=True)
         (folder / "diffusers" / name).symlink_to(models / "diffusers" / "tiny-inpaint", target_is_directory=True)
     found = json.loads(mend("models", "--models-dir", places["flag"], "--json")[1])
-    assert {model["name"] for model in found["models"]} == set(places)
+    assert {model["name"] for model in found["models"]} == {*places, "mend-shapes"}
+    assert [model["name"] for model in found["models"] if model["shipped"]] == ["mend-shapes"]
     assert found["folders"] == [str(folder) for folder in places.values()]
 
 
@@ -377,7 +378,7 @@ def test_without_a_model_the_message_says_how_to_get_one(mend, monkeypatch):
     code, _, err = mend("inpaint", "coffee.png", "mask.png", "-p", "x", "-o", "x.png")
     assert code == 1 and "mend models pull" in err
     code, _, err = mend("inpaint", "coffee.png", "mask.png", "-p", "x", "-o", "x.png", "--model", "sd15")
-    assert code == 1 and '"sd15"' in err
+    assert code == 1 and '"sd15"' in err and "mend-shapes" in err
     assert "No models" in mend("models")[1]
 
 

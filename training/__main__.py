@@ -12,7 +12,6 @@ from pathlib import Path
 from ..engine.models.detect import SHIPPED
 from . import train_unet, train_vae
 from .export import export
-from .models import PRESETS
 
 MODEL = SHIPPED / "mend-shapes"
 
@@ -25,16 +24,15 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=Path, default=Path("training-runs"), help="checkpoints (default: %(default)s)")
     parser.add_argument("--model", type=Path, default=MODEL, help="folder to write (default: the shipped one)")
-    parser.add_argument("--preset", choices=PRESETS, default="small", help="widths (default: %(default)s)")
     parser.add_argument("--vae-steps", type=int, default=train_vae.STEPS, help="default: %(default)s")
     parser.add_argument("--unet-steps", type=int, default=train_unet.STEPS, help="default: %(default)s")
     options = parser.parse_args()
     vae_run, unet_run = options.runs / "vae", options.runs / "unet"
-    finished = train_vae.train(vae_run, options.preset, options.vae_steps)
-    finished = finished and train_unet.train(unet_run, vae_run, options.preset, options.unet_steps)
+    finished = train_vae.train(vae_run, options.vae_steps)
+    finished = finished and train_unet.train(unet_run, vae_run, options.unet_steps)
     if not finished:
         raise SystemExit(f"Stopped; the same command goes on with what is in {options.runs}.")
-    size = export(vae_run, unet_run, options.preset, options.model)
+    size = export(vae_run, unet_run, options.model)
     print(f"{options.model}: {size / 1e6:.1f} MB")
 
 

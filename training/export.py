@@ -17,12 +17,12 @@ PARTS = ("unet", "vae", "text_encoder")
 CARD = Path(__file__).with_name("model_card.md")
 
 
-def export(vae_run: Path, unet_run: Path, preset: str, target: Path) -> int:
+def export(vae_run: Path, unet_run: Path, target: Path) -> int:
     """Writes fp16 safetensors beside their configs and the model card, replacing ``target`` in one move.
 
     Returns the folder's bytes; raises SystemExit when there are more than LIMIT.
     """
-    pipeline = load_runs(vae_run, unet_run, preset)
+    pipeline = load_runs(vae_run, unet_run)
     for part in PARTS:
         getattr(pipeline, part).half()
     partial = target.with_name(target.name + ".partial")

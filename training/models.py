@@ -1,8 +1,7 @@
-"""The networks: diffusers' and transformers' own classes in two sizes."""
+"""The networks: diffusers' and transformers' own classes, small."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,27 +31,24 @@ SCHEDULER: dict[str, Any] = {
     "steps_offset": 1,
 }
 
-VAE_WIDTHS: Mapping[str, tuple[int, ...]] = {"small": (16, 32, 64), "medium": (24, 48, 96), "base": (32, 64, 128)}
-UNET_WIDTHS: Mapping[str, tuple[int, ...]] = {"small": (64, 96, 128), "medium": (64, 128, 128), "base": (96, 128, 192)}
-PRESETS = tuple(UNET_WIDTHS)
-"""Sizes for a CPU and for a GPU."""
+VAE_WIDTHS = (16, 32, 64)
+UNET_WIDTHS = (64, 96, 128)
 
 
-def build_vae(preset: str = "small") -> Any:
+def build_vae() -> Any:
     """An AutoencoderKL with 4 latent channels at a quarter of the size.
 
     Few groups in its norms: with two or three channels in each, what colour a plain picture has would not get through.
     """
     from diffusers import AutoencoderKL
 
-    widths = VAE_WIDTHS[preset]
     vae: Any = AutoencoderKL(
-        block_out_channels=list(widths),
+        block_out_channels=list(VAE_WIDTHS),
         latent_channels=LATENT_CHANNELS,
         layers_per_block=1,
         norm_num_groups=2,
-        down_block_types=["DownEncoderBlock2D"] * len(widths),
-        up_block_types=["UpDecoderBlock2D"] * len(widths),
+        down_block_types=["DownEncoderBlock2D"] * len(VAE_WIDTHS),
+        up_block_types=["UpDecoderBlock2D"] * len(VAE_WIDTHS),
         sample_size=SIZE,
     )
     _begin_as_identity(vae, ".conv2")
@@ -62,7 +58,7 @@ def build_vae(preset: str = "small") -> Any:
     return vae
 
 
-def build_unet(preset: str = "small") -> Any:
+def build_unet() -> Any:
     """A UNet2DConditionModel of noisy latents, mask and masked image: 4 + 1 + 4 channels."""
     from diffusers import UNet2DConditionModel
 
@@ -70,7 +66,7 @@ def build_unet(preset: str = "small") -> Any:
         sample_size=LATENT,
         in_channels=2 * LATENT_CHANNELS + 1,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=UNET_WIDTHS[preset],
+        block_out_channels=UNET_WIDTHS,
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),

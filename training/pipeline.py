@@ -17,9 +17,9 @@ from .tokenizer import build_tokenizer
 SCALE_PICTURES = 256
 
 
-def load_vae(run: Path, preset: str, device: torch.device | None = None) -> Any:
+def load_vae(run: Path, device: torch.device | None = None) -> Any:
     """A run's VAE with the scaling factor that gives its latents unit scale."""
-    vae: Any = load_average(run, train_vae.PART, build_vae(preset)).to(device or "cpu")
+    vae: Any = load_average(run, train_vae.PART, build_vae()).to(device or "cpu")
     vae.register_to_config(scaling_factor=latent_scale(vae))
     return vae
 
@@ -62,12 +62,12 @@ def assemble(vae: nn.Module, unet: nn.Module, text_encoder: nn.Module, tokenizer
     return pipeline
 
 
-def load_runs(vae_run: Path, unet_run: Path, preset: str) -> Any:
+def load_runs(vae_run: Path, unet_run: Path) -> Any:
     """The pipeline of two runs' averaged weights."""
     tokenizer = build_tokenizer()
     return assemble(
-        load_vae(vae_run, preset),
-        load_average(unet_run, "unet", build_unet(preset)),
+        load_vae(vae_run),
+        load_average(unet_run, "unet", build_unet()),
         load_average(unet_run, "text_encoder", build_text(tokenizer)),
         tokenizer,
     )

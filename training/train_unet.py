@@ -90,14 +90,14 @@ def teach_words(text_encoder: nn.Module, ids: Tensor) -> float:
     return loss.item()
 
 
-def train(folder: Path, vae_run: Path, preset: str, steps: int = STEPS) -> bool:
+def train(folder: Path, vae_run: Path, steps: int = STEPS) -> bool:
     """Trains in ``folder``, from the checkpoint there if there is one; False when it was stopped before the end."""
     torch.manual_seed(SEED)
     device = best_device()
-    vae = load_vae(vae_run, preset, device)
+    vae = load_vae(vae_run, device)
     tokenizer = build_tokenizer()
     ids = tokenize(tokenizer, scenes.captions()).to(device)
-    unet, text_encoder = build_unet(preset).to(device), build_text(tokenizer).to(device)
+    unet, text_encoder = build_unet().to(device), build_text(tokenizer).to(device)
     run = Run(folder, {"unet": unet, "text_encoder": text_encoder}, RATE, DECAY)
     if not run.resume():
         run.log(lesson=teach_words(text_encoder, ids))

@@ -62,11 +62,11 @@ def check(vae: Any, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return latents, torch.cat([vae.decode(part).sample for part in latents.split(32)])
 
 
-def train(folder: Path, preset: str, steps: int = STEPS) -> bool:
+def train(folder: Path, steps: int = STEPS) -> bool:
     """Trains in ``folder``, from the checkpoint there if there is one; False when it was stopped before the end."""
     torch.manual_seed(SEED)
     device = best_device()
-    vae = build_vae(preset).to(device)
+    vae = build_vae().to(device)
     run = Run(folder, {PART: vae}, RATE)
     run.resume()
     held_out = pictures(HELD_OUT_SEED, 0, HELD_OUT, held_out=True).to(device)

@@ -170,9 +170,9 @@ def trained(tmp_path_factory):
         patch.setattr(train_unet, "LESSONS", 60)
         patch.setattr("comfyui_mend.training.latents.SHARD", 8)
         patch.setattr("comfyui_mend.training.pipeline.SCALE_PICTURES", 16)
-        assert train_vae.train(runs / "vae", "small", 2)
-        assert train_unet.train(runs / "unet", runs / "vae", "small", 2)
-        export.export(runs / "vae", runs / "unet", "small", runs / "model")
+        assert train_vae.train(runs / "vae", 2)
+        assert train_unet.train(runs / "unet", runs / "vae", 2)
+        export.export(runs / "vae", runs / "unet", runs / "model")
     for number, handler in before.items():
         signal.signal(number, handler)
     log = [json.loads(line) for line in (runs / "unet" / "log.jsonl").read_text().splitlines()]
@@ -196,7 +196,7 @@ def test_a_lost_shard_is_made_again_the_same(trained):
     runs, _, _ = trained
     shard = sorted((runs / "unet" / "latents").glob("*.safetensors"))[0]
     before = shard.read_bytes()
-    vae = train_unet.load_vae(runs / "vae", "small")
+    vae = train_unet.load_vae(runs / "vae")
     vae.register_to_config(scaling_factor=evaluate.load_pipeline(runs / "model").vae.config.scaling_factor)
     shard.unlink()
     with pytest.MonkeyPatch.context() as patch:
