@@ -40,7 +40,7 @@ from .engine.models.detect import SHIPPED
 from .engine.models.load import load_model
 from .engine.outpaint import Padding, pad
 from .engine.safety import BUILT_IN, SafetyAction, check, load_safety_checker
-from .engine.types import Box, InpaintRequest, MendError, MissingPackageError
+from .engine.types import Box, InpaintRequest, MendError, MissingPackageError, Size
 
 MODEL = SHIPPED / "mend-shapes"
 
@@ -55,11 +55,11 @@ CAT_PADDING = Padding(right=150)
 # A piece of the coffee in the cup, on the 600x400 photograph.
 FOAM_BOX = (266, 122, 310, 166)
 # The drawing: a red disk on a slope of two colours, whose hole is a square.
-DRAWING_SIDE = 128
+DRAWING_SIZE = Size(192, 128)
 DRAWING_COLORS = ((0.16, 0.36, 0.60), (0.62, 0.80, 0.78))
-DISK_BOX = (46, 46, 82, 82)
+DISK_BOX = (78, 46, 114, 82)
 DISK_COLOR = (0.85, 0.10, 0.12)
-HOLE_BOX = (42, 42, 85, 85)
+HOLE_BOX = (74, 42, 118, 86)
 EDIT_OPTIONS = MaskOptions(grow=0, feather=2)
 
 
@@ -293,18 +293,20 @@ def continue_background(stage: Stage) -> Scene:
 def _edited(stage: Stage, key: str, title: str, before: Tensor, box: tuple[int, ...], edit: Edit) -> Scene:
     mask = _drawn(before, lambda pen, scale: pen.rectangle([edge * scale for edge in box], fill=255))
     after, used = stage.runner.edit(before, mask, EDIT_OPTIONS, edit)
-    facts = f"“{edit.prompt}”, {edit.steps} steps, seed {edit.seed}, painted by {MODEL.name}, which comes with the pack"
+    prompt = f"“{edit.prompt}”" if edit.prompt else "no words"
+    facts = f"{prompt}, {edit.steps} steps, seed {edit.seed}, painted by {MODEL.name}, which comes with the pack"
     return Scene(key, title, facts, before, used, after, _box_of(before))
 
 
 def draw_disk() -> Tensor:
-    """A red disk on a gradient from top left to bottom right, [1, H, W, 3]."""
-    slope = torch.linspace(0, 1, DRAWING_SIDE)
-    weight = ((slope[:, None] + slope) / 2)[None, ..., None]
+    """A red disk on a gradient from top left to bottom right, [1, H, W, 3] of whole levels, as a file holds it."""
+    down, right = torch.linspace(0, 1, DRAWING_SIZE.height), torch.linspace(0, 1, DRAWING_SIZE.width)
+    weight = ((down[:, None] + right) / 2)[None, ..., None]
     first, second = torch.tensor(DRAWING_COLORS)
     ground = first * (1 - weight) + second * weight
-    disk = _drawn(ground, lambda pen, scale: pen.ellipse([edge * scale for edge in DISK_BOX], fill=255))[..., None]
-    return ground * (1 - disk) + torch.tensor(DISK_COLOR) * disk
+    disk = _coverage(DRAWING_SIZE, lambda pen, scale: pen.ellipse([edge * scale for edge in DISK_BOX], fill=255))
+    drawing = ground * (1 - disk[..., None]) + torch.tensor(DISK_COLOR) * disk[..., None]
+    return (drawing * 255).round() / 255
 
 
 SCENES = (remove_object, extend_picture, edit_photo, replace_shape, continue_background)
@@ -320,12 +322,15 @@ def play(scene: Callable[[Stage], Scene], stage: Stage) -> Scene:
 
 def _drawn(photo: Tensor, shape: Callable[[ImageDraw.ImageDraw, int], None]) -> Tensor:
     """A black and white mask of the photo's size from a shape that is drawn four times as large."""
+    return (_coverage(_box_of(photo).size, shape) > 0.5).float()
+
+
+def _coverage(size: Size, shape: Callable[[ImageDraw.ImageDraw, int], None]) -> Tensor:
+    """How much of each pixel a shape covers, [1, H, W]."""
     scale = 4
-    box = _box_of(photo)
-    canvas = Image.new("L", (box.width * scale, box.height * scale))
+    canvas = Image.new("L", (size.width * scale, size.height * scale))
     shape(ImageDraw.Draw(canvas), scale)
-    levels = np.asarray(canvas.resize(box.size, Image.Resampling.BOX))
-    return torch.from_numpy((levels > 127).astype(np.float32))[None]
+    return torch.from_numpy(np.asarray(canvas.reduce(scale)) / np.float32(255))[None]
 
 
 def _box_of(photo: Tensor) -> Box:
@@ -435,14 +440,14 @@ def _save_sheet(out: Path, scenes: Sequence[Scene], runner: str) -> Path:
         for scene in scenes
     ]
     worst = max(scene.change_outside for scene in scenes)
-    scores = ",  ".join(f"{scene.title.lower()} {_score_text(scene)}" for scene in scenes)
+    scores = ",  ".join(_score_text(scene) for scene in scenes)
     sheet = contact_sheet.draw(
         "Mend",
         f"changes what you masked, and nothing else  ·  made by {runner}",
         rows,
         [
             f"Largest change of any pixel outside the masks: {worst:g} of 255 levels",
-            f"Safety score of each result, from 0 (safe) to 1:  {scores}",
+            f"Safety scores of the results, from 0 (safe) to 1:  {scores}",
         ],
     )
     pixels = torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)

