@@ -15,7 +15,7 @@ from comfyui_mend.engine.outpaint import Padding, pad
 from comfyui_mend.engine.outpaint_steps import outpaint
 from comfyui_mend.engine.schedulers import SCHEDULERS
 from comfyui_mend.engine.types import Compat, InpaintRequest
-from comfyui_mend.training.evaluate import judge_color, judge_shape, load_pipeline, painted_area
+from comfyui_mend.training.evaluate import find_shape, load_pipeline
 from comfyui_mend.training.scenes import COLORS, SHAPES
 
 MODEL = SHIPPED / "mend-shapes"
@@ -69,9 +69,8 @@ def hole(area, image):
 
 
 def nearest_color(picture, area=CENTRE):
-    inside = np.zeros(picture.shape[:2], bool)
-    inside[area] = True
-    return judge_color(picture, inside)
+    median = np.median(picture[area].reshape(-1, 3), axis=0)
+    return min(COLORS, key=lambda name: np.linalg.norm(median - COLORS[name]))
 
 
 def distance_to(color, picture, area=CENTRE):
@@ -99,7 +98,7 @@ def test_the_prompt_decides_the_shape(paint):
 
 
 def shape_of(picture):
-    return judge_shape(painted_area(picture, plain()[0].numpy(), hole(HOLE, plain())[0].numpy()))
+    return find_shape(picture, plain()[0].numpy(), hole(HOLE, plain())[0].numpy()).shape
 
 
 @pytest.mark.parametrize("left", [6, 52])

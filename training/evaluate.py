@@ -37,11 +37,13 @@ MODEL = SHIPPED / "mend-shapes"
 SEED = 2001
 CHANGED = 0.2
 """Distance in RGB, of sqrt(3), from which a pixel differs from the background."""
+NAMED = 0.35
+"""Distance in RGB within which a pixel has a named colour, if no other is nearer."""
 TEMPLATE = 24
 """Pixels of a side of the templates and of what is compared with them."""
 TILTS = (-0.2, -0.1, 0.0, 0.1, 0.2)
 LEAST_AREA = 16
-"""Pixels below which nothing was painted that has a shape."""
+"""Pixels that a shape has at least."""
 CELL = 4
 
 
@@ -50,7 +52,7 @@ class Verdict:
     """Shares of pictures, 0..1."""
 
     color: float
-    """The nearest named colour of what was painted is the caption's."""
+    """What was painted has the caption's colour."""
     shape: float
     """The best fitting template is the caption's shape."""
     both: float
@@ -134,28 +136,47 @@ def load_pipeline(folder: Path) -> Any:
 # ---------------------------------------------------------------------------------------------------------- judges
 
 
-def painted_area(image: Array, background: Array, near: Array) -> Array:
-    """The largest connected part of ``near`` that differs from the true background, as bool [H, W]."""
+@dataclass(frozen=True, eq=False)
+class Find:
+    """The shape that was painted, as far as it can be seen."""
+
+    color: str | None
+    area: Array
+    """bool [H, W]."""
+
+    @property
+    def shape(self) -> str | None:
+        return judge_shape(self.area)
+
+
+def find_shape(image: Array, background: Array, near: Array) -> Find:
+    """The largest connected part of ``near`` that has one of the named colours and is not the true background.
+
+    Where ``near`` is the whole picture nobody can know the background that was meant: there a part that touches the
+    picture's border is one, as shapes lie wholly inside.
+    """
     from scipy import ndimage
 
-    changed = (np.linalg.norm(image - background, axis=2) > CHANGED) & (near > 0)
-    labels, count = ndimage.label(ndimage.binary_opening(changed, iterations=1))
-    if count == 0:
-        return np.zeros_like(changed)
-    return labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-
-
-def judge_color(image: Array, area: Array) -> str | None:
-    """The named colour nearest to the median of the area."""
-    if not area.any():
-        return None
-    median = np.median(image[area], axis=0)
-    return min(scenes.COLORS, key=lambda name: float(np.linalg.norm(median - np.asarray(scenes.COLORS[name]))))
+    colors = np.asarray(list(scenes.COLORS.values()), np.float32)
+    distances = np.linalg.norm(image[:, :, None] - colors, axis=3)
+    named = np.where(distances.min(axis=2) < NAMED, distances.argmin(axis=2), -1)
+    whole = bool(near.all())
+    if not whole:
+        named[(near == 0) | (np.linalg.norm(image - background, axis=2) < CHANGED)] = -1
+    best = Find(None, np.zeros(near.shape, bool))
+    for index, color in enumerate(scenes.COLORS):
+        labels, count = ndimage.label(ndimage.binary_opening(named == index))
+        border = {*labels[0], *labels[-1], *labels[:, 0], *labels[:, -1]} if whole else set()
+        for part in range(1, count + 1):
+            area = labels == part
+            if part not in border and area.sum() > max(LEAST_AREA, best.area.sum()):
+                best = Find(color, ndimage.binary_fill_holes(area))
+    return best
 
 
 def judge_shape(area: Array) -> str | None:
     """The shape whose outline, brought to the area's bounding box, overlaps it best."""
-    if area.sum() < LEAST_AREA:
+    if not area.any():
         return None
     found = _fit(area)
     return max(templates(), key=lambda pair: float((found & pair[1]).sum() / (found | pair[1]).sum()))[0]
@@ -190,8 +211,8 @@ def inside(sample: Sample, image: Array) -> bool:
 def judge(samples: Sequence[Sample], images: Sequence[Array]) -> Verdict:
     votes = []
     for sample, image in zip(samples, images, strict=True):
-        area = painted_area(image, sample.background, sample.mask)
-        color, shape = judge_color(image, area) == sample.color, judge_shape(area) == sample.shape
+        found = find_shape(image, sample.background, sample.mask)
+        color, shape = found.color == sample.color, found.shape == sample.shape
         votes.append((color, shape, color and shape, inside(sample, image)))
     return Verdict(*(round(float(share), 3) for share in np.mean(votes, axis=0)))
 

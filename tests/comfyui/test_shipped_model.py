@@ -11,7 +11,7 @@ from comfyui_mend.engine.inpaint import inpaint
 from comfyui_mend.engine.models.detect import SHIPPED
 from comfyui_mend.engine.models.load import load_model
 from comfyui_mend.engine.types import InpaintRequest
-from comfyui_mend.training.evaluate import judge_color, judge_shape, load_pipeline, painted_area
+from comfyui_mend.training.evaluate import find_shape, load_pipeline
 from comfyui_mend.training.pipeline import use_scheduler
 from conftest import ROOT
 from PIL import Image
@@ -51,8 +51,8 @@ def test_first_steps_paints_what_it_says_and_what_the_engine_paints(client, colo
     assert np.abs(picture - ours).max() < 1.01 / 255  # SaveImage truncates
     kept = mask[0].numpy() == 0
     assert np.array_equal(picture[kept], image[0].numpy()[kept])
-    area = painted_area(picture, image[0].numpy(), mask[0].numpy())
-    assert judge_color(picture, area) == color and judge_shape(area) == shape
+    found = find_shape(picture, image[0].numpy(), mask[0].numpy())
+    assert (found.color, found.shape) == (color, shape)
 
 
 def test_the_same_seed_gives_the_picture_of_plain_diffusers(client):
