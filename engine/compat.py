@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from .images import to_bytes
-from .models.protocol import Conditioning, InpaintModel, PromptSyntax
-from .sampling import Canvas, Stopwatch, decode_pixels, denoise, encode_guidance, make_schedule
+from .models.protocol import Canvas, Conditioning, InpaintModel, PromptSyntax
+from .sampling import Stopwatch, decode_pixels, denoise, encode_guidance, make_schedule
 from .types import InpaintRequest, InpaintResult, InputError, Size
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host, seeds: tup
     clock = Stopwatch()
     with clock.phase("prompt"):
         guidance = encode_guidance(request, model, PromptSyntax.PLAIN)
-    schedules = [make_schedule(request, model) for _ in request.image]
+    schedules = [make_schedule(request, model, size) for _ in request.image]
     progress = host.progress(sum(schedule.evaluations for schedule in schedules), "inpaint (diffusers)")
     results, done = [], 0
     for source, schedule in enumerate(schedules):
@@ -95,4 +95,4 @@ def prepare_canvas(
         masked_image = model.encode_image(pixels * (hole < 0.5)).sample(generator).cpu()
     else:
         torch.randn((1, *shape), generator=generator)
-    return Canvas(noise=noise, mask=F.interpolate(hole, size=cells), image=image, masked_image=masked_image)
+    return Canvas(noise=noise, mask=F.interpolate(hole, size=cells), hole=hole, image=image, masked_image=masked_image)

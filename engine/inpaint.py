@@ -17,9 +17,9 @@ from . import compat, crop, images
 from .crop import CONTEXT, CropOptions, CropPlan
 from .host import Host
 from .masks import bounding_box, to_latent_grid
-from .models.protocol import Conditioning, InpaintModel, PromptSyntax
+from .models.protocol import Canvas, Conditioning, InpaintModel, Place, PromptSyntax
 from .regions import regions
-from .sampling import Canvas, Stopwatch, decode_pixels, denoise, encode_guidance, make_schedule
+from .sampling import Stopwatch, decode_pixels, denoise, encode_guidance, make_schedule
 from .schedulers import Schedule
 from .stitch import StitchOptions, stitch
 from .types import MAX_SEED, Compat, Crop, InpaintRequest, InpaintResult, InputError, Size, check_total
@@ -71,6 +71,8 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host) -> Inpaint
     input back (whatever ``compat`` says), with a notice. Raises MendError for input or a model that cannot be used, and
     the host's own interrupt.
     """
+    if model.facts.mask_rule is not None and request.compat is Compat.OFF:
+        request = replace(request, soft=True)
     request = normalise(request)
     seeds = seeds_of(request)
     if request.strength == 0:
@@ -86,7 +88,7 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host) -> Inpaint
         guidance = encode_guidance(request, model, PromptSyntax.COMFY)
     results = request.image.repeat_interleave(request.count, dim=0)
     groups = batches(jobs)
-    schedules = [make_schedule(request, model) for _ in groups]
+    schedules = [make_schedule(request, model, group[0].part.plan.canvas) for group in groups]
     progress = host.progress(sum(schedule.evaluations for schedule in schedules), "inpaint")
     reports: list[tuple[str, ...]] = [()] * len(results)
     done = 0
@@ -167,14 +169,14 @@ def parts_of(request: InpaintRequest, model: InpaintModel, source: int) -> list[
         return []
     size, facts = images.size_of(request.image), model.facts
     if request.crop is Crop.OFF:
-        found = [Part(source, crop.whole(size, facts.downscale), stitch_mask, sampler_mask)]
+        found = [Part(source, crop.whole(size, facts.multiple), stitch_mask, sampler_mask)]
     elif request.crop is Crop.AUTO:
-        found = [Part(source, crop.around(box, size, facts.native_size, facts.downscale), stitch_mask, sampler_mask)]
+        found = [Part(source, crop.around(box, size, facts.native_size, facts.multiple), stitch_mask, sampler_mask)]
     else:
         found = [
             Part(
                 source,
-                crop.around(region.box, size, facts.native_size, facts.downscale),
+                crop.around(region.box, size, facts.native_size, facts.multiple),
                 region.own(stitch_mask),
                 region.own(sampler_mask),
             )
@@ -224,9 +226,11 @@ def prepare_canvas(
     return Canvas(
         noise=noise,
         mask=to_latent_grid(hole, facts.downscale)[rows],
+        hole=hole[rows, None],
         image=image,
         masked_image=masked_image,
         soft=None if soft is None else to_latent_grid(soft, facts.downscale)[rows],
+        places=tuple(Place(images.size_of(request.image), job.part.plan) for job in jobs),
     )
 
 

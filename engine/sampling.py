@@ -11,28 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .flow import plan_flow
 from .host import Progress
-from .models.protocol import Conditioning, Guidance, InpaintModel, PromptSyntax
-from .schedulers import Schedule, plan
-from .types import InpaintRequest, MendError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Canvas:
-    """What a run paints on: N pictures of one size, in latent space, [N, C, h, w] each."""
-
-    noise: Tensor
-    mask: Tensor
-    """[N or 1, 1, h, w]; 1 = repaint."""
-    image: Tensor | None
-    """The clean picture's latents; needed unless the run is not soft and starts from noise on a CONCAT model."""
-    masked_image: Tensor | None
-    """The latents of the picture with a hole; needed by CONCAT models."""
-    soft: Tensor | None = None
-    """[N, 1, h, w] in 0..1: the share of the evaluations, counted from the end, that may change each cell."""
-
-    def expand(self, planes: Tensor) -> Tensor:
-        return planes.expand(len(self.noise), -1, -1, -1)
+from .models.protocol import Canvas, Conditioning, Denoiser, Guidance, InpaintModel, ModelFacts, PromptSyntax
+from .schedulers import Prediction, Schedule, plan
+from .types import InpaintRequest, MendError, Size
 
 
 @dataclass
@@ -48,15 +31,14 @@ class Stopwatch:
         self.seconds[name] += time.perf_counter() - start
 
 
-def make_schedule(request: InpaintRequest, model: InpaintModel) -> Schedule:
-    return plan(
-        request.scheduler,
-        model.facts.scheduler_config,
-        request.steps,
-        request.strength,
-        sigmas=request.sigmas,
-        compat=request.compat,
-    )
+def make_schedule(request: InpaintRequest, model: InpaintModel, canvas: Size) -> Schedule:
+    """The schedule for a canvas of that many pixels."""
+    facts = model.facts
+    arguments = (request.scheduler, facts.scheduler_config, request.steps, request.strength)
+    if facts.prediction_type == Prediction.FLOW:
+        cells = canvas.width // facts.downscale * (canvas.height // facts.downscale)
+        return plan_flow(*arguments, sigmas=request.sigmas, cells=cells)
+    return plan(*arguments, sigmas=request.sigmas, compat=request.compat)
 
 
 def encode_guidance(request: InpaintRequest, model: InpaintModel, syntax: PromptSyntax) -> Guidance:
@@ -85,50 +67,45 @@ def denoise(
     Differential Diffusion, arXiv 2306.00950). ``generators`` feed stochastic schedulers, one per row or one for all.
     ``progress`` counts evaluations on from ``first_step``.
     """
-    conditioning = model.facts.conditioning
     noise_generators = generators if isinstance(generators, torch.Generator) else list(generators)
-    latents = _start(schedule, canvas, conditioning)
-    for index in range(schedule.evaluations):
-        scaled = schedule.scale(latents, index)
-        output = model.predict(_network_input(scaled, canvas, conditioning), schedule.timesteps[index], guidance).to(
-            latents
-        )
-        preview = schedule.denoised(scaled, output, index)
-        latents = schedule.step(output, index, latents, noise_generators)
-        free = _free_cells(canvas, conditioning, schedule.evaluations - index, schedule.evaluations)
-        if free is not None:
-            assert canvas.image is not None
-            kept = schedule.renoise(canvas.expand(canvas.image), canvas.noise, index)
-            latents = (1 - free) * kept + free * latents
-        progress.update(first_step + index + 1, preview)
-    return latents
+
+    def loop(denoiser: Denoiser) -> Tensor:
+        latents = _start(schedule, canvas, model.facts)
+        for index in range(schedule.evaluations):
+            scaled = schedule.scale(latents, index)
+            output = denoiser(scaled, schedule.timesteps[index], schedule.levels[index].normal).to(latents)
+            preview = schedule.denoised(scaled, output, index)
+            latents = schedule.step(output, index, latents, noise_generators)
+            free = _free_cells(canvas, model.facts, schedule, index)
+            if free is not None:
+                assert canvas.image is not None
+                kept = schedule.renoise(canvas.expand(canvas.image), canvas.noise, index)
+                latents = (1 - free) * kept + free * latents
+            progress.update(first_step + index + 1, preview)
+        return latents
+
+    return model.sample(canvas, schedule.levels, guidance, loop)
 
 
-def _start(schedule: Schedule, canvas: Canvas, conditioning: Conditioning) -> Tensor:
+def _start(schedule: Schedule, canvas: Canvas, facts: ModelFacts) -> Tensor:
     latents = schedule.start(canvas.noise, None if canvas.image is None else canvas.expand(canvas.image))
     if canvas.soft is None:
         return latents
-    free = _free_cells(canvas, conditioning, schedule.evaluations, schedule.evaluations)
+    free = _free_cells(canvas, facts, schedule, 0)
     # solvers of second order go back to the state before: of a cell let go in between, it must be the picture's
     assert free is not None and canvas.image is not None
     return (1 - free) * schedule.levels[0].mix(canvas.expand(canvas.image), canvas.noise) + free * latents
 
 
-def _free_cells(canvas: Canvas, conditioning: Conditioning, remaining: int, total: int) -> Tensor | None:
-    """1 where an evaluation with ``remaining`` of ``total`` to run, itself included, may change the latents; None where
-    it may everywhere."""
+def _free_cells(canvas: Canvas, facts: ModelFacts, schedule: Schedule, index: int) -> Tensor | None:
+    """How much evaluation ``index`` may change each cell, 0..1; None where it may change everything."""
     if canvas.soft is None:
-        return canvas.mask if conditioning is Conditioning.REPLACE else None
+        return canvas.mask if facts.conditioning is Conditioning.REPLACE else None
+    if facts.mask_rule is not None:
+        return facts.mask_rule(canvas.soft, schedule.levels, index)
     # as many as a run of that strength has: rounded down, but at least one
-    running = (canvas.soft * total + 1e-4).floor().clamp(min=1)
-    return ((running >= remaining) & (canvas.soft > 0)).to(canvas.soft)
-
-
-def _network_input(scaled: Tensor, canvas: Canvas, conditioning: Conditioning) -> Tensor:
-    if conditioning is Conditioning.REPLACE:
-        return scaled
-    assert canvas.masked_image is not None
-    return torch.cat([scaled, canvas.expand(canvas.mask), canvas.expand(canvas.masked_image)], dim=1)
+    running = (canvas.soft * schedule.evaluations + 1e-4).floor().clamp(min=1)
+    return ((running >= schedule.evaluations - index) & (canvas.soft > 0)).to(canvas.soft)
 
 
 def decode_pixels(model: InpaintModel, latents: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -54,8 +55,40 @@ class Level(NamedTuple):
         """Standard deviation of a state whose clean latents have unit variance; the network wants it to be 1."""
         return math.hypot(self.signal, self.noise)
 
+    @property
+    def normal(self) -> Level:
+        """The level of the state that is scaled to unit variance, as networks want it."""
+        return self if self.signal != 1.0 else Level(self.signal / self.norm, self.noise / self.norm)
+
     def mix(self, clean: Tensor, noise: Tensor) -> Tensor:
         return self.signal * clean + self.noise * noise
+
+
+class Prediction(str, Enum):
+    """What a network predicts about a state ``signal * clean + noise * gaussian``."""
+
+    EPSILON = "epsilon"
+    """The gaussian."""
+    V = "v_prediction"
+    """signal * gaussian - noise * clean, for states of unit variance (Salimans and Ho 2022, arXiv 2202.00512)."""
+    FLOW = "flow_prediction"
+    """gaussian - clean, for states with signal + noise = 1 (Liu et al. 2022, arXiv 2209.03003)."""
+
+    def clean(self, state: Tensor, output: Tensor, level: Level) -> Tensor:
+        """The clean latents of a state whose network output is ``output``."""
+        if self is Prediction.V:
+            return level.signal * state - level.noise * output
+        if self is Prediction.FLOW:
+            return state - level.noise * output
+        return (state - level.noise * output) / level.signal
+
+    def output(self, state: Tensor, clean: Tensor, level: Level) -> Tensor:
+        """The network output that says that ``clean`` are the clean latents of ``state``; the inverse of ``clean``."""
+        if self is Prediction.FLOW:
+            return (state - clean) / level.noise
+        if self is Prediction.V:
+            return (level.signal * state - clean) / level.noise
+        return (state - level.signal * clean) / level.noise
 
 
 @dataclass(frozen=True)
@@ -97,7 +130,7 @@ class Schedule(ABC):
         init_noise_sigma: float,
         *,
         from_noise: bool,
-        v_prediction: bool,
+        prediction: Prediction,
     ) -> None:
         self.timesteps = timesteps.float() if timesteps.is_floating_point() else timesteps
         """[evaluations], descending but for repeated ones, possibly fractional; on the CPU."""
@@ -106,7 +139,7 @@ class Schedule(ABC):
         self.init_noise_sigma = init_noise_sigma
         self.from_noise = from_noise
         """Whether the run starts on pure noise: strength is 1."""
-        self._v_prediction = v_prediction
+        self._prediction = prediction
 
     @property
     def evaluations(self) -> int:
@@ -139,14 +172,10 @@ class Schedule(ABC):
 
     def denoised(self, model_input: Tensor, output: Tensor, index: int) -> Tensor:
         """The guess at the clean latents, from the network's input (further channels are ignored) and ``output``."""
-        signal, noise = (part / self.levels[index].norm for part in self.levels[index])
-        state = model_input[:, : output.shape[1]]
-        if self._v_prediction:
-            return signal * state - noise * output
-        return (state - noise * output) / signal
+        return self._prediction.clean(model_input[:, : output.shape[1]], output, self.levels[index].normal)
 
 
-class _DiffusersSchedule(Schedule):
+class DiffusersSchedule(Schedule):
     """A run whose steps a diffusers scheduler takes."""
 
     def __init__(
@@ -172,7 +201,7 @@ class _DiffusersSchedule(Schedule):
         return super()._kept_level(index) if self._kept is None else self._kept[index + 1]
 
 
-class _WarmLmsSchedule(_DiffusersSchedule):
+class _WarmLmsSchedule(DiffusersSchedule):
     """KLMS whose order grows with the history there is; diffusers takes it from the index in the whole schedule."""
 
     def step(self, output: Tensor, index: int, latents: Tensor, generators: Generators) -> Tensor:
@@ -180,11 +209,11 @@ class _WarmLmsSchedule(_DiffusersSchedule):
         return super().step(output, index, latents, generators)
 
 
-class _WarmPlmsSchedule(_DiffusersSchedule):
+class _WarmPlmsSchedule(DiffusersSchedule):
     """PNDM on noise predictions: its scheduler is built for epsilon, and velocities are converted here."""
 
     def step(self, output: Tensor, index: int, latents: Tensor, generators: Generators) -> Tensor:
-        if self._v_prediction:
+        if self._prediction is Prediction.V:
             signal, noise = self.levels[index]
             output = signal * output + noise * latents
         return super().step(output, index, latents, generators)
@@ -272,13 +301,13 @@ def plan(
     exact = compat is Compat.DIFFUSERS
     settings = _settings(spec, config, steps, sigmas, exact)
     prediction_type = settings.get("prediction_type", "epsilon")
-    if prediction_type not in ("epsilon", "v_prediction"):
+    if prediction_type not in (Prediction.EPSILON, Prediction.V):
         raise InputError(
             f'The checkpoint predicts "{prediction_type}", which these schedulers cannot follow; '
             "use one that predicts epsilon or v_prediction."
         )
     running = _running_steps(steps, strength, exact)
-    common: dict[str, Any] = {"from_noise": strength == 1.0, "v_prediction": prediction_type == "v_prediction"}
+    common: dict[str, Any] = {"from_noise": strength == 1.0, "prediction": Prediction(prediction_type)}
 
     if spec.name == "DPM++SDE":
         return _plan_dpm_sde(spec, settings, steps, running, common)
@@ -304,7 +333,7 @@ def plan(
         _use_closed_form(scheduler)
         if not exact:
             return _WarmLmsSchedule(scheduler, {}, None, **common)
-    return _DiffusersSchedule(scheduler, step_options, kept, **common)
+    return DiffusersSchedule(scheduler, step_options, kept, **common)
 
 
 def _find(name: str, sigmas: Sigmas) -> SchedulerSpec:

@@ -88,12 +88,12 @@ def save_tiny_model(folder: Path, **options) -> Path:
 def engine_model(pipeline, host=None, name="tiny"):
     """The pipeline's own modules behind the engine's InpaintModel protocol."""
     from comfyui_mend.engine.host import LocalHost, Role
-    from comfyui_mend.engine.models.diffusers_model import DiffusersModel
+    from comfyui_mend.engine.models.diffusers_model import StableDiffusionModel
     from comfyui_mend.engine.models.protocol import Conditioning, ModelFacts
 
     host = host or LocalHost(torch.device("cpu"))
     config = pipeline.unet.config
-    return DiffusersModel(
+    return StableDiffusionModel(
         ModelFacts(
             name=name,
             conditioning=Conditioning.CONCAT if config.in_channels == 9 else Conditioning.REPLACE,

@@ -1,9 +1,11 @@
-"""Stable Diffusion 1 and 2 as diffusers and transformers modules, behind the InpaintModel protocol."""
+"""Models made of diffusers and transformers modules, behind the InpaintModel protocol."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from ..host import Host, ManagedModule
 from ..prompts import EmbeddingFinder, encode_prompts
-from .protocol import Guidance, ModelFacts, Posterior, PromptSyntax
+from ..schedulers import Level
+from .protocol import Canvas, Conditioning, Denoiser, Guidance, ModelFacts, Posterior, PromptSyntax
 
 MIB = 2**20
 DENOISER_BYTES = 1.5 * 65 * MIB / (512 * 512 * 2)
@@ -23,42 +26,48 @@ RESERVE = 300 * MIB
 """Left alone when a batch is sized: kernels' workspaces and the allocator's slack."""
 REMEMBERED_PROMPTS = 16
 
+Rows = tuple[Tensor, ...]
+"""What the network reads beside timestep and prompt, a row for each picture; the latents come first."""
 
-class DiffusersModel:
-    """An InpaintModel made of a CLIP text encoder, a UNet2DConditionModel and an AutoencoderKL."""
 
-    def __init__(
-        self,
-        facts: ModelFacts,
-        *,
-        tokenizer: Any,
-        text_encoder: ManagedModule,
-        denoiser: ManagedModule,
-        vae: ManagedModule,
-        find_embedding: EmbeddingFinder,
-        host: Host,
-    ) -> None:
+@dataclass(frozen=True)
+class Embedding:
+    """A prompt as the text encoders leave it, float32 on the CPU."""
+
+    tokens: Tensor
+    """[1, tokens, width]."""
+    pooled: Tensor | None = None
+    """[1, width]: the whole prompt as one vector, for networks that read one."""
+
+
+class DiffusersModel(ABC):
+    """An InpaintModel made of text encoders, a denoising network and an AutoencoderKL.
+
+    Families differ in how a prompt is encoded and in what their network reads: ``_encode`` and ``_denoise``.
+    """
+
+    def __init__(self, facts: ModelFacts, *, denoiser: ManagedModule, vae: ManagedModule, host: Host) -> None:
         self.facts = facts
-        self.tokenizer = tokenizer
-        self.text_encoder = text_encoder
         self.denoiser = denoiser
         self.vae = vae
-        self._find_embedding = find_embedding
         self._host = host
-        self._scaling_factor = float(vae.module.config.scaling_factor)  # type: ignore[union-attr, arg-type]
-        self._prompts: OrderedDict[tuple[str, PromptSyntax], Tensor] = OrderedDict()
+        config: Any = vae.module.config
+        self._scaling_factor = float(config.scaling_factor)
+        self._shift_factor = float(config.get("shift_factor") or 0.0)
+        self._prompts: OrderedDict[tuple[str, PromptSyntax], Embedding] = OrderedDict()
 
-    def encode_prompt(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[Tensor]:
+    @abstractmethod
+    def _encode(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[Embedding]:
+        """Each prompt through the text encoders, once."""
+
+    @abstractmethod
+    def _denoise(self, rows: Rows, timestep: Tensor, embedding: Embedding) -> Tensor:
+        """The network's output [N, C, h, w] in float32 for one branch."""
+
+    def encode_prompt(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[Embedding]:
         """See InpaintModel. Recent prompts are remembered, so that a new seed does not reload the text encoder."""
         unknown = [p for p in dict.fromkeys(prompts) if (p, syntax) not in self._prompts]
-        fresh: dict[str, Tensor] = {}
-        if unknown:
-            device = self.text_encoder.load(RESERVE)
-            embeddings = encode_prompts(
-                unknown, self.tokenizer, self.text_encoder.module, device, syntax, self._find_embedding
-            )
-            # on the CPU like the remembered ones: a device mixed within one pair would not go into one batch
-            fresh = {prompt: embedding.cpu() for prompt, embedding in zip(unknown, embeddings, strict=True)}
+        fresh = dict(zip(unknown, self._encode(unknown, syntax), strict=True)) if unknown else {}
         result = [fresh[p] if p in fresh else self._prompts[p, syntax] for p in prompts]
         for prompt, embedding in fresh.items():
             # a textual-inversion file may change between runs
@@ -74,9 +83,8 @@ class DiffusersModel:
             return torch.stack([distribution.mean, distribution.std]).float()
 
         per_row = VAE_ENCODE_BYTES * pixels.shape[-2] * pixels.shape[-1] * self.vae.dtype.itemsize
-        parts = self._in_parts(self.vae, per_row, encode, pixels)
-        mean, std = torch.cat(parts, dim=1) * self._scaling_factor
-        return Posterior(mean, std)
+        mean, std = torch.cat(self._in_parts(self.vae, per_row, encode, (pixels,)), dim=1)
+        return Posterior((mean - self._shift_factor) * self._scaling_factor, std * self._scaling_factor)
 
     def decode(self, latents: Tensor) -> Tensor:
         def decode(part: Tensor) -> Tensor:
@@ -85,49 +93,105 @@ class DiffusersModel:
 
         area = latents.shape[-2] * latents.shape[-1] * self.facts.downscale**2
         per_row = VAE_DECODE_BYTES * area * self.vae.dtype.itemsize
-        return torch.cat(self._in_parts(self.vae, per_row, decode, latents / self._scaling_factor))
+        raw = latents / self._scaling_factor + self._shift_factor
+        return torch.cat(self._in_parts(self.vae, per_row, decode, (raw,)))
 
-    def predict(self, model_input: Tensor, timestep: Tensor, guidance: Guidance) -> Tensor:
-        area = model_input.shape[-2] * model_input.shape[-1] * self.facts.downscale**2
+    def sample(
+        self, canvas: Canvas, levels: Sequence[Level], guidance: Guidance, loop: Callable[[Denoiser], Tensor]
+    ) -> Tensor:
+        """See InpaintModel. Splits the batch where memory is short."""
+
+        def denoiser(state: Tensor, timestep: Tensor, level: Level) -> Tensor:
+            return self._predict(self._rows(state, canvas), timestep, guidance)
+
+        return loop(denoiser)
+
+    def _rows(self, state: Tensor, canvas: Canvas) -> Rows:
+        """Here the latents [N, 4 or 9, h, w]."""
+        if self.facts.conditioning is Conditioning.REPLACE:
+            return (state,)
+        assert canvas.masked_image is not None
+        return (torch.cat([state, canvas.expand(canvas.mask), canvas.expand(canvas.masked_image)], dim=1),)
+
+    def _predict(self, rows: Rows, timestep: Tensor, guidance: Guidance) -> Tensor:
+        area = rows[0].shape[-2] * rows[0].shape[-1] * self.facts.downscale**2
         branches = 1 if guidance.negative is None else 2
         per_row = int(DENOISER_BYTES * area * self.denoiser.dtype.itemsize) * branches
 
-        def guided(part: Tensor) -> Tensor:
+        def guided(*part: Tensor) -> Tensor:
             return self._guided(part, timestep, guidance)
 
-        return torch.cat(self._in_parts(self.denoiser, per_row, guided, model_input))
+        return torch.cat(self._in_parts(self.denoiser, per_row, guided, rows))
 
-    def _guided(self, rows: Tensor, timestep: Tensor, guidance: Guidance) -> Tensor:
+    def _guided(self, rows: Rows, timestep: Tensor, guidance: Guidance) -> Tensor:
         """Classifier-free guidance: u + scale * (c - u), both branches in one batch where their prompts are as long."""
         positive, negative = guidance.positive, guidance.negative
         if negative is None:
             return self._denoise(rows, timestep, positive)
-        if positive.shape[1] == negative.shape[1]:
-            both = torch.cat([_per_row(negative, rows), _per_row(positive, rows)])
-            unconditional, conditional = self._denoise(torch.cat([rows, rows]), timestep, both).chunk(2)
+        if positive.tokens.shape[1] == negative.tokens.shape[1]:
+            both = _per_branch(negative, positive, len(rows[0]))
+            twice = tuple(torch.cat([row, row]) for row in rows)
+            unconditional, conditional = self._denoise(twice, timestep, both).chunk(2)
         else:
             unconditional = self._denoise(rows, timestep, negative)
             conditional = self._denoise(rows, timestep, positive)
         return unconditional + guidance.scale * (conditional - unconditional)
 
-    def _denoise(self, rows: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
-        embeddings = _per_row(embeddings, rows).to(rows)
-        output = self.denoiser.module(rows, timestep.to(rows.device), embeddings, return_dict=False)[0]
-        return output.float()
-
     def _in_parts(
-        self, managed: ManagedModule, bytes_per_row: int, run: Callable[[Tensor], Tensor], rows: Tensor
+        self, managed: ManagedModule, bytes_per_row: int, run: Callable[..., Tensor], rows: Rows
     ) -> list[Tensor]:
         """``run`` over as many rows at a time as memory allows, on the module's device and in its precision."""
         device = managed.load(bytes_per_row + RESERVE)
-        at_once = max(1, min(len(rows), (self._host.free_memory() - RESERVE) // bytes_per_row))
+        at_once = max(1, min(len(rows[0]), (self._host.free_memory() - RESERVE) // bytes_per_row))
         parts = []
-        for part in rows.split(at_once):
+        for part in zip(*(row.split(at_once) for row in rows), strict=True):
             self._host.check_interrupt()
-            parts.append(run(part.to(device=device, dtype=managed.dtype)))
+            parts.append(run(*(row.to(device=device, dtype=managed.dtype) for row in part)))
         return parts
 
 
-def _per_row(embeddings: Tensor, rows: Tensor) -> Tensor:
-    """[1, tokens, width] -> [rows, tokens, width]; already per row stays."""
-    return embeddings if len(embeddings) == len(rows) else embeddings.expand(len(rows), -1, -1)
+class StableDiffusionModel(DiffusersModel):
+    """Stable Diffusion 1 and 2: a CLIP text encoder and a UNet2DConditionModel."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        *,
+        tokenizer: Any,
+        text_encoder: ManagedModule,
+        denoiser: ManagedModule,
+        vae: ManagedModule,
+        find_embedding: EmbeddingFinder,
+        host: Host,
+    ) -> None:
+        super().__init__(facts, denoiser=denoiser, vae=vae, host=host)
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self._find_embedding = find_embedding
+
+    def _encode(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[Embedding]:
+        device = self.text_encoder.load(RESERVE)
+        states = encode_prompts(prompts, self.tokenizer, self.text_encoder.module, device, syntax, self._find_embedding)
+        return [Embedding(state.cpu()) for state in states]
+
+    def _denoise(self, rows: Rows, timestep: Tensor, embedding: Embedding) -> Tensor:
+        (latents,) = rows
+        tokens = per_row(embedding.tokens, latents)
+        return self.denoiser.module(latents, timestep.to(latents.device), tokens, return_dict=False)[0].float()
+
+
+def _per_branch(negative: Embedding, positive: Embedding, rows: int) -> Embedding:
+    """Both prompts, each for so many rows."""
+
+    def both(first: Tensor, second: Tensor) -> Tensor:
+        return torch.cat([first.expand(rows, *first.shape[1:]), second.expand(rows, *second.shape[1:])])
+
+    pooled = None
+    if negative.pooled is not None and positive.pooled is not None:
+        pooled = both(negative.pooled, positive.pooled)
+    return Embedding(both(negative.tokens, positive.tokens), pooled)
+
+
+def per_row(embedding: Tensor, rows: Tensor) -> Tensor:
+    """[1 or rows, ...] -> [rows, ...], where and as ``rows`` are."""
+    return embedding.to(rows).expand(len(rows), *embedding.shape[1:])

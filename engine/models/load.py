@@ -28,7 +28,7 @@ from .detect import (
     recognise,
     shipped_config,
 )
-from .diffusers_model import DiffusersModel
+from .diffusers_model import DiffusersModel, StableDiffusionModel
 from .protocol import Conditioning, ModelFacts
 from .weight_files import DTYPES, PICKLE_SUFFIXES, choose_weights, read_header, read_json
 
@@ -256,7 +256,7 @@ def _assemble(name: str, configs: Configs, weights: Weights, host: Host, predict
             ("text encoder", build_text_encoder, configs.text_encoder, weights.text_encoder, Role.TEXT_ENCODER),
         )
     )
-    return DiffusersModel(
+    return StableDiffusionModel(
         facts,
         tokenizer=load_tokenizer(configs.tokenizer, configs.text_encoder),
         text_encoder=text_encoder,

@@ -1,8 +1,8 @@
-"""What the engine asks of a model that inpaints: encode, predict, decode, and a few facts."""
+"""What the engine asks of a model that inpaints: encode, sample, decode, and a few facts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -10,14 +10,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..crop import CropPlan
+from ..schedulers import Level
+from ..types import Size
+
 
 class Conditioning(str, Enum):
     """How the picture outside the mask reaches the denoiser."""
 
     CONCAT = "concat"
-    """9 input channels: latents, mask, masked image's latents; the network was trained to inpaint."""
+    """The network was trained to inpaint: it also reads the mask and the masked image's latents."""
     REPLACE = "replace"
-    """4 input channels: an ordinary network; the kept area is put back, noised, after every step."""
+    """An ordinary network; the kept area is put back, noised, after every step."""
 
 
 class PromptSyntax(str, Enum):
@@ -25,6 +29,10 @@ class PromptSyntax(str, Enum):
     """ComfyUI's CLIPTextEncode: (word:1.2) emphasis, embedding:name, any length in chunks of 75."""
     PLAIN = "plain"
     """diffusers: literal text, truncated to 77 tokens."""
+
+
+MaskRule = Callable[[Tensor, Sequence[Level], int], Tensor]
+"""(soft mask [N, 1, h, w], the run's levels, index of an evaluation) -> how much that may change each cell, 0..1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +49,17 @@ class ModelFacts:
     latent_channels: int = 4
     downscale: int = 8
     """Pixels per latent cell, along one axis."""
+    multiple: int = 0
+    """Pixels that the sides of a canvas are multiples of; 0 for ``downscale``."""
+    mask_rule: MaskRule | None = None
+    """What to do with a soft mask in the place of the engine's own rule."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "multiple", self.multiple or self.downscale)
 
     @property
     def prediction_type(self) -> str:
-        """ "epsilon" or "v_prediction"."""
+        """ "epsilon", "v_prediction" or "flow_prediction"."""
         return str(self.scheduler_config.get("prediction_type", "epsilon"))
 
 
@@ -63,14 +78,56 @@ class Posterior:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Prompt embeddings, each [1, tokens, width], and the classifier-free guidance scale (Ho & Salimans, 2022).
+    """What the model's ``encode_prompt`` made of the prompts, and the classifier-free guidance scale (Ho & Salimans,
+    2022).
 
     ``negative`` is None where only the prompt's branch runs.
     """
 
-    positive: Tensor
-    negative: Tensor | None
+    positive: Any
+    negative: Any
     scale: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the picture a row of a canvas lies."""
+
+    picture: Size
+    plan: CropPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canvas:
+    """What a run paints on: N pictures of one size, in latent space, [N, C, h, w] each."""
+
+    noise: Tensor
+    mask: Tensor
+    """[N or 1, 1, h, w]; 1 = repaint."""
+    hole: Tensor
+    """[N or 1, 1, H, W] in pixels, 0 or 1: what the model is not shown."""
+    image: Tensor | None
+    """The clean picture's latents; needed unless the run is not soft and starts from noise on a CONCAT model."""
+    masked_image: Tensor | None
+    """The latents of the picture with a hole; needed by CONCAT models."""
+    soft: Tensor | None = None
+    """[N, 1, h, w] in 0..1: the share of the evaluations, counted from the end, that may change each cell."""
+    places: tuple[Place, ...] = ()
+    """Of each row; empty where the whole picture was brought to the canvas."""
+
+    @property
+    def size(self) -> Size:
+        """In pixels."""
+        return Size(self.hole.shape[-1], self.hole.shape[-2])
+
+    def expand(self, planes: Tensor) -> Tensor:
+        return planes.expand(len(self.noise), -1, -1, -1)
+
+
+Denoiser = Callable[[Tensor, Tensor, Level], Tensor]
+"""(state [N, C, h, w], timestep, the state's noise level) -> the guided network output for it, of the kind that
+``ModelFacts.prediction_type`` says. States have unit variance, those of a flow the level's own; the timestep is a
+scalar and possibly fractional."""
 
 
 class InpaintModel(Protocol):
@@ -80,8 +137,8 @@ class InpaintModel(Protocol):
     @property
     def facts(self) -> ModelFacts: ...
 
-    def encode_prompt(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[Tensor]:
-        """Embeddings of each prompt, [1, tokens, width]; tokens may differ between prompts."""
+    def encode_prompt(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[Any]:
+        """Each prompt as ``sample`` wants it in its guidance."""
         ...
 
     def encode_image(self, pixels: Tensor) -> Posterior:
@@ -92,7 +149,12 @@ class InpaintModel(Protocol):
         """Latents [B, C, h, w] -> pixels [B, 3, H, W], nominally -1..1, not clamped."""
         ...
 
-    def predict(self, model_input: Tensor, timestep: Tensor, guidance: Guidance) -> Tensor:
-        """The guided network output (epsilon or v) for ``model_input`` [B, 4 or 9, h, w] at one, possibly
-        fractional, timestep; [B, 4, h, w]. Splits the batch where memory is short."""
+    def sample(
+        self, canvas: Canvas, levels: Sequence[Level], guidance: Guidance, loop: Callable[[Denoiser], Tensor]
+    ) -> Tensor:
+        """What ``loop`` returns, which is called once, with the network ready for ``canvas``.
+
+        ``levels`` are those the loop will visit. The model is given the loop, and not the other way round, because
+        ComfyUI's own models live inside a call of ComfyUI's.
+        """
         ...

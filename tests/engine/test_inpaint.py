@@ -11,7 +11,7 @@ from comfyui_mend.engine.inpaint import Job, Part, inpaint, normalise, paste_job
 from comfyui_mend.engine.masks import bounding_box, to_latent_grid
 from comfyui_mend.engine.models.protocol import Conditioning
 from comfyui_mend.engine.sampling import Canvas, denoise
-from comfyui_mend.engine.schedulers import SCHEDULERS, plan
+from comfyui_mend.engine.schedulers import SCHEDULERS, Prediction, plan
 from comfyui_mend.engine.types import MAX_SEED, Compat, Crop, InpaintRequest, InpaintResult, InputError, MendError, Size
 from tiny import SD15_SCHEDULER, engine_model, photo_and_mask, tiny_pipeline
 
@@ -334,18 +334,18 @@ def test_a_mask_of_another_size_but_the_same_shape_is_resized(nine):
 def test_every_stroke_reaches_the_network(nine):
     """A 3 px line, at every offset from the latent grid, marks latent cells along its whole length."""
     seen = []
-    predict = nine.predict
-    nine.predict = lambda rows, *rest: (seen.append(rows), predict(rows, *rest))[1]
+    predict = nine._predict
+    nine._predict = lambda rows, *rest: (seen.append(rows), predict(rows, *rest))[1]
     try:
         image, _ = photo_and_mask(128, 128)
         for phase in range(8):
             mask = torch.zeros(1, 128, 128)
             mask[:, 40 + phase : 43 + phase, :] = 1
             run(nine, image, mask, steps=1)
-            cells = seen[-1][0, 4]
+            cells = seen[-1][0][0, 4]
             assert bool((cells.amax(dim=0) == 1).all())
     finally:
-        nine.predict = predict
+        nine._predict = predict
 
 
 def test_the_sampler_may_paint_less_than_is_joined(model, monkeypatch):
@@ -385,13 +385,12 @@ def test_a_soft_mask_of_one_grey_is_that_strength(model, scheduler, share):
 class Knows:
     """A network that knows the clean latents: from whatever state, its noise is what is over them."""
 
-    def __init__(self, clean, schedule, conditioning):
-        self.facts = SimpleNamespace(conditioning=conditioning)
-        self.clean, self.levels = clean, iter(schedule.levels)
+    def __init__(self, clean, conditioning):
+        self.facts = SimpleNamespace(conditioning=conditioning, mask_rule=None)
+        self.clean = clean
 
-    def predict(self, latents, timestep, guidance):
-        level = next(self.levels)
-        return (latents[:, :4] * level.norm - level.signal * self.clean) / level.noise
+    def sample(self, canvas, levels, guidance, loop):
+        return loop(lambda state, timestep, level: Prediction.EPSILON.output(state, self.clean, level))
 
 
 @pytest.mark.parametrize("conditioning", Conditioning)
@@ -404,8 +403,9 @@ def test_a_soft_mask_lets_go_of_every_cell_at_the_level_it_has(scheduler, steps,
     clean, noise = torch.randn(2, 1, 4, 6, 24, generator=generator)
     soft = torch.linspace(0, 1, 24).expand(1, 1, 6, 24)
     schedule = plan(scheduler, SD15_SCHEDULER, steps, strength)
-    canvas = Canvas(noise=noise, mask=(soft > 0).float(), image=clean, masked_image=clean, soft=soft)
-    model = Knows(clean, schedule, conditioning)
+    hole = F.interpolate((soft > 0).float(), scale_factor=8)
+    canvas = Canvas(noise=noise, mask=(soft > 0).float(), hole=hole, image=clean, masked_image=clean, soft=soft)
+    model = Knows(clean, conditioning)
     result = denoise(model, schedule, canvas, None, generator, HOST.progress(schedule.evaluations, "soft"))
     assert float((result - clean).abs().max()) < 0.25  # some stop at a low level of noise instead of none
 
@@ -555,8 +555,8 @@ def test_interrupt_stops_within_one_evaluation(nine):
                 raise Stop
 
     model = engine_model(tiny_pipeline(in_channels=9), host=Interrupting(torch.device("cpu")))
-    predict = model.predict
-    model.predict = lambda *args: (predict(*args), evaluations.append(1))[0]
+    predict = model._predict
+    model._predict = lambda *args: (predict(*args), evaluations.append(1))[0]
     with pytest.raises(Stop):
         run(model, *photo_and_mask(), steps=20)
     assert len(evaluations) == 3

@@ -93,7 +93,7 @@ def test_a_loaded_model_paints_what_the_pipelines_modules_paint(folder, pipeline
     ids = pipeline.tokenizer("a red fox", padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
         expected = pipeline.text_encoder(ids)[0]
-        found = model.encode_prompt(["a red fox"], PromptSyntax.PLAIN)[0]
+        found = model.encode_prompt(["a red fox"], PromptSyntax.PLAIN)[0].tokens
         latents = torch.randn(1, 9, 16, 16, generator=torch.Generator().manual_seed(0))
         noise = pipeline.unet(latents, 500, expected).sample
         torch.testing.assert_close(model.denoiser.module(latents, 500, found).sample, noise, rtol=0, atol=1e-5)

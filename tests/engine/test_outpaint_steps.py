@@ -82,9 +82,15 @@ class Recorder:
         self.pixels.append(pixels.clone())
         return self.model.encode_image(pixels)
 
-    def predict(self, model_input, timestep, guidance):
-        self.first.append(model_input[:, :4].clone())
-        return self.model.predict(model_input, timestep, guidance)
+    def sample(self, canvas, levels, guidance, loop):
+        def recorded(denoiser):
+            def denoise(state, timestep, level):
+                self.first.append(state.clone())
+                return denoiser(state, timestep, level)
+
+            return loop(denoise)
+
+        return self.model.sample(canvas, levels, guidance, recorded)
 
 
 def padded_photo(padding, width=150, height=120, feather=12, batch=1):

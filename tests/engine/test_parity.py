@@ -4,12 +4,14 @@ Random networks give latents of any size, so differences are relative to the lar
 the arithmetic's noise floor (about 1e-6) and far below what any change of method does (1e-3 and more).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from comfyui_mend.engine import compat, inpaint, sampling, schedulers
 from comfyui_mend.engine.host import LocalHost
-from comfyui_mend.engine.models.protocol import Posterior
+from comfyui_mend.engine.models.protocol import Canvas, Posterior
 from comfyui_mend.engine.types import Compat, InpaintRequest
 from PIL import Image
 from tiny import engine_model, photo_and_mask, tiny_pipeline
@@ -169,12 +171,7 @@ def test_gate_rejects_another_latent_mask(nine, monkeypatch, to_cells):
 
     def other_mask(model, schedule, pixels, hole, count, generator):
         canvas = original(model, schedule, pixels, hole, count, generator)
-        return sampling.Canvas(
-            noise=canvas.noise,
-            mask=to_cells(hole, canvas.mask.shape[-2:]),
-            image=canvas.image,
-            masked_image=canvas.masked_image,
-        )
+        return replace(canvas, mask=to_cells(hole, canvas.mask.shape[-2:]))
 
     monkeypatch.setattr(compat, "prepare_canvas", other_mask)
     assert rejected(theirs, ours(nine, "K_EULER"))
@@ -187,7 +184,7 @@ def test_gate_rejects_another_order_of_draws(nine, monkeypatch):
         masked_image = model.encode_image(pixels * (hole < 0.5)).sample(generator)
         noise = torch.randn(count, 4, SIDE // 8, SIDE // 8, generator=generator)
         mask = F.interpolate(hole, size=(SIDE // 8, SIDE // 8))
-        return sampling.Canvas(noise=noise, mask=mask, image=None, masked_image=masked_image)
+        return Canvas(noise=noise, mask=mask, hole=hole, image=None, masked_image=masked_image)
 
     monkeypatch.setattr(compat, "prepare_canvas", posterior_first)
     assert rejected(theirs, ours(nine, "K_EULER"))
@@ -205,9 +202,9 @@ def test_gate_rejects_another_resampling_filter(nine, monkeypatch):
 def test_gate_rejects_whole_timesteps(nine, monkeypatch):
     theirs = reference(nine, "K_EULER")
     model_class = type(engine_model(nine))
-    original = model_class.predict
+    original = model_class._predict
     monkeypatch.setattr(
-        model_class, "predict", lambda self, rows, timestep, guidance: original(self, rows, timestep.round(), guidance)
+        model_class, "_predict", lambda self, rows, timestep, guidance: original(self, rows, timestep.round(), guidance)
     )
     assert rejected(theirs, ours(nine, "K_EULER"))
 
@@ -228,7 +225,7 @@ def test_gate_rejects_another_start(nine, monkeypatch):
 def test_gate_rejects_the_corrected_warm_up(nine, monkeypatch, scheduler):
     theirs = reference(nine, scheduler, strength=0.6)
 
-    def corrected(request, model):
+    def corrected(request, model, canvas):
         return schedulers.plan(request.scheduler, model.facts.scheduler_config, request.steps, request.strength)
 
     monkeypatch.setattr(compat, "make_schedule", corrected)
