@@ -87,9 +87,10 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host) -> Inpaint
     with clock.phase("prompt"):
         guidance = encode_guidance(request, model, PromptSyntax.COMFY)
     results = request.image.repeat_interleave(request.count, dim=0)
-    groups = batches(jobs)
+    groups = batches(jobs, model)
     schedules = [make_schedule(request, model, group[0].part.plan.canvas) for group in groups]
-    progress = host.progress(sum(schedule.evaluations for schedule in schedules), "inpaint")
+    evaluations = sum(schedule.evaluations for schedule in schedules)
+    progress = host.progress(evaluations, "inpaint", model.facts.latent_format)
     reports: list[tuple[str, ...]] = [()] * len(results)
     done = 0
     for group, schedule in zip(groups, schedules, strict=True):
@@ -185,14 +186,14 @@ def parts_of(request: InpaintRequest, model: InpaintModel, source: int) -> list[
     return [part for part in found if part.stitch_mask.any() and part.sampler_mask.any()]
 
 
-def batches(jobs: list[Job]) -> list[list[Job]]:
+def batches(jobs: list[Job], model: InpaintModel) -> list[list[Job]]:
     """Jobs that run together: their canvases have one size, and all of them at most MAX_BATCH_PIXELS."""
     by_canvas: dict[Size, list[Job]] = defaultdict(list)
     for job in jobs:
         by_canvas[job.part.plan.canvas].append(job)
     result = []
     for canvas, group in by_canvas.items():
-        at_once = max(1, MAX_BATCH_PIXELS // (canvas.width * canvas.height))
+        at_once = min(model.rows_at_once(canvas), max(1, MAX_BATCH_PIXELS // (canvas.width * canvas.height)))
         result += [group[start : start + at_once] for start in range(0, len(group), at_once)]
     return result
 
@@ -230,7 +231,7 @@ def prepare_canvas(
         image=image,
         masked_image=masked_image,
         soft=None if soft is None else to_latent_grid(soft, facts.downscale)[rows],
-        places=tuple(Place(images.size_of(request.image), job.part.plan) for job in jobs),
+        places=tuple(Place(images.size_of(request.image), job.part.plan, job.part.source) for job in jobs),
     )
 
 

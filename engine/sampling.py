@@ -43,6 +43,9 @@ def make_schedule(request: InpaintRequest, model: InpaintModel, canvas: Size) ->
 
 def encode_guidance(request: InpaintRequest, model: InpaintModel, syntax: PromptSyntax) -> Guidance:
     """Prompt embeddings; the negative branch only where it counts."""
+    if model.facts.embedded_guidance:
+        (positive,) = model.encode_prompt([request.prompt], syntax)
+        return Guidance(positive, None, request.guidance_scale)
     if request.guidance_scale <= 1:
         (positive,) = model.encode_prompt([request.prompt], syntax)
         return Guidance(positive, None, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..host import Host, ManagedModule
 from ..prompts import EmbeddingFinder, encode_prompts
 from ..schedulers import Level
+from ..types import Size
 from .protocol import Canvas, Conditioning, Denoiser, Guidance, ModelFacts, Posterior, PromptSyntax
 
 MIB = 2**20
@@ -95,6 +97,10 @@ class DiffusersModel(ABC):
         per_row = VAE_DECODE_BYTES * area * self.vae.dtype.itemsize
         raw = latents / self._scaling_factor + self._shift_factor
         return torch.cat(self._in_parts(self.vae, per_row, decode, (raw,)))
+
+    def rows_at_once(self, canvas: Size) -> int:
+        """See InpaintModel: any number, each evaluation is split to fit."""
+        return sys.maxsize
 
     def sample(
         self, canvas: Canvas, levels: Sequence[Level], guidance: Guidance, loop: Callable[[Denoiser], Tensor]

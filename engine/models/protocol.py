@@ -51,8 +51,14 @@ class ModelFacts:
     """Pixels per latent cell, along one axis."""
     multiple: int = 0
     """Pixels that the sides of a canvas are multiples of; 0 for ``downscale``."""
+    embedded_guidance: bool = False
+    """Whether the network reads the guidance scale as a number of its own (FLUX dev and Fill); nothing is guided away
+    from a negative prompt then."""
     mask_rule: MaskRule | None = None
     """What to do with a soft mask in the place of the engine's own rule."""
+    latent_format: str | None = None
+    """The name ComfyUI has for these latents, by which it draws previews: "SD15", "SDXL", "SD3", "Flux", ...; None for
+    latents that are this model's own."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multiple", self.multiple or self.downscale)
@@ -95,6 +101,8 @@ class Place:
 
     picture: Size
     plan: CropPlan
+    source: int = 0
+    """The input picture's number in its batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +155,11 @@ class InpaintModel(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> pixels [B, 3, H, W], nominally -1..1, not clamped."""
+        ...
+
+    def rows_at_once(self, canvas: Size) -> int:
+        """How many pictures of that size may be sampled together; more than fit at once are the model's affair where it
+        can split them."""
         ...
 
     def sample(
