@@ -36,7 +36,8 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host, seeds: tup
     with clock.phase("prompt"):
         guidance = encode_guidance(request, model, PromptSyntax.PLAIN)
     schedules = [make_schedule(request, model, size) for _ in request.image]
-    progress = host.progress(sum(schedule.evaluations for schedule in schedules), "inpaint (diffusers)")
+    evaluations = sum(schedule.evaluations for schedule in schedules)
+    progress = host.progress(evaluations, "inpaint (diffusers)", model.facts.latent_format)
     results, done = [], 0
     for source, schedule in enumerate(schedules):
         generator = torch.Generator("cpu").manual_seed(seeds[source * request.count])

@@ -76,7 +76,9 @@ class Host(Protocol):
         """Bytes that activations may use on the device that samples."""
         ...
 
-    def progress(self, total: int, description: str) -> Progress: ...
+    def progress(self, total: int, description: str, latent_format: str | None = None) -> Progress:
+        """A new bar; ``latent_format`` is the ``ModelFacts.latent_format`` of the previews it will be given."""
+        ...
 
     def check_interrupt(self) -> None:
         """Raise the host's own interrupt when the user asked to stop."""
@@ -161,7 +163,7 @@ class LocalHost:
             return torch.cuda.mem_get_info(self.device)[0] + kept
         return 4 * 2**30
 
-    def progress(self, total: int, description: str) -> Progress:
+    def progress(self, total: int, description: str, latent_format: str | None = None) -> Progress:
         return TerminalProgress(total, description) if self.show_progress else SilentProgress()
 
     def check_interrupt(self) -> None:

@@ -232,7 +232,7 @@ def outpaint(
         return InpaintResult(images=canvas, mask=request.mask, seeds=seeds, notices=(notice,))
 
     windows = sum(len(stage.windows) for stage in plan)
-    bar = host.progress(windows * request.steps, "outpaint")
+    bar = host.progress(windows * request.steps, "outpaint", model.facts.latent_format)
     clock, results = Stopwatch(), list[InpaintResult]()
     for stage in plan:
         with clock.phase("fill"):
@@ -352,7 +352,7 @@ class _Share:
     def free_memory(self) -> int:
         return self.host.free_memory()
 
-    def progress(self, total: int, description: str) -> Progress:
+    def progress(self, total: int, description: str, latent_format: str | None = None) -> Progress:
         return _ShareOfBar(self.bar, total, self.start, self.share)
 
     def check_interrupt(self) -> None:

@@ -133,8 +133,10 @@ class ComfyModule:
 class ComfyProgress:
     """The node's progress bar with previews of the latents, and a bar in the console."""
 
-    def __init__(self, total: int, description: str) -> None:
+    def __init__(self, total: int, description: str, latent_format: str | None = None) -> None:
+        """``latent_format`` names a class of comfy.latent_formats; without one there are no previews."""
         self.total = total
+        self._latent_format = getattr(comfy.latent_formats, latent_format or "", None)
         self._bar = comfy.utils.ProgressBar(total)
         self._console = TerminalProgress(total, description) if comfy.utils.PROGRESS_BAR_ENABLED else SilentProgress()
         self._previewer: Any = None
@@ -147,14 +149,14 @@ class ComfyProgress:
         self._bar.update_absolute(step, self.total, None if preview is None else self._picture(preview))
 
     def _picture(self, latents: Tensor) -> tuple[str, Any, int] | None:
-        """("JPEG", PIL image, longest side) by the preview method of the user's settings; None where that is none."""
+        """("JPEG", PIL image, longest side) by the preview method of the user's settings; None where that is none or
+        nothing is known of the latents."""
         # a previewer may be a network of its own (TAESD), and shows the first of the batch
         latents = latents[:1].detach().to(mm.get_torch_device(), torch.float32)
         if not self._previewer_chosen:
             self._previewer_chosen = True
-            latent_format = comfy.latent_formats.SD15()
-            if latents.shape[1] == latent_format.latent_channels:
-                self._previewer = latent_preview.get_previewer(latents.device, latent_format)
+            if self._latent_format is not None:
+                self._previewer = latent_preview.get_previewer(latents.device, self._latent_format())
         return None if self._previewer is None else self._previewer.decode_latent_to_preview_image("JPEG", latents)
 
 
@@ -203,8 +205,8 @@ class ComfyHost:
                 return int(patcher.get_free_memory(device))
         return int(mm.get_free_memory(device))
 
-    def progress(self, total: int, description: str) -> ComfyProgress:
-        return ComfyProgress(total, description)
+    def progress(self, total: int, description: str, latent_format: str | None = None) -> ComfyProgress:
+        return ComfyProgress(total, description, latent_format)
 
     def check_interrupt(self) -> None:
         mm.throw_exception_if_processing_interrupted()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,11 +49,11 @@ class DiffusersModel(ABC):
     """
 
     def __init__(self, facts: ModelFacts, *, denoiser: ManagedModule, vae: ManagedModule, host: Host) -> None:
-        self.facts = facts
+        config: Any = vae.module.config
+        self.facts = replace(facts, latent_format=latent_format(config))
         self.denoiser = denoiser
         self.vae = vae
         self._host = host
-        config: Any = vae.module.config
         self._scaling_factor = float(config.scaling_factor)
         self._shift_factor = float(config.get("shift_factor") or 0.0)
         self._prompts: OrderedDict[tuple[str, PromptSyntax], Embedding] = OrderedDict()
@@ -184,6 +184,17 @@ class StableDiffusionModel(DiffusersModel):
         (latents,) = rows
         tokens = per_row(embedding.tokens, latents)
         return self.denoiser.module(latents, timestep.to(latents.device), tokens, return_dict=False)[0].float()
+
+
+LATENT_FORMATS = {(4, 0.18215): "SD15", (4, 0.13025): "SDXL", (16, 1.5305): "SD3", (16, 0.3611): "Flux"}
+"""By channels and scaling factor, which every autoencoder has for itself."""
+
+
+def latent_format(vae_config: Mapping[str, Any]) -> str | None:
+    """See ModelFacts.latent_format."""
+    if vae_config.get("latents_mean") is not None:
+        return None
+    return LATENT_FORMATS.get((vae_config["latent_channels"], round(float(vae_config["scaling_factor"]), 5)))
 
 
 def _per_branch(negative: Embedding, positive: Embedding, rows: int) -> Embedding:

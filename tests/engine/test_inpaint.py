@@ -570,7 +570,7 @@ def test_progress_counts_to_its_total_with_previews(nine):
             updates.append((step, preview))
 
     class Watching(LocalHost):
-        def progress(self, total, description):
+        def progress(self, total, description, latent_format=None):
             totals.append(total)
             return Bar()
 
@@ -592,7 +592,7 @@ def test_preview_converges_on_the_result(nine):
             previews.append(preview)
 
     class Watching(LocalHost):
-        def progress(self, total, description):
+        def progress(self, total, description, latent_format=None):
             return Bar()
 
     decode = nine.decode

@@ -54,7 +54,7 @@ class WatchedHost(LocalHost):
     looks: list = field(default_factory=list)
     patience: int = 10**9
 
-    def progress(self, total, description):
+    def progress(self, total, description, latent_format=None):
         self.bars.append(WatchedBar(total))
         return self.bars[-1]
 
