@@ -8,10 +8,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..engine.inpaint import inpaint
+from ..engine.models.protocol import InpaintModel
 from ..engine.schedulers import SCHEDULERS
-from ..engine.types import MAX_SEED, MAX_SIDE, Blend, Compat, Crop, InpaintRequest, Sigmas
+from ..engine.types import MAX_SEED, MAX_SIDE, Blend, Compat, Crop, InpaintRequest, InputError, Sigmas
 from .comfy_host import MendModel
 from .convert import ModelType, connected
+from .native import NativeModel
 from .text import show
 
 log = logging.getLogger("mend")
@@ -31,7 +33,7 @@ class MendInpaint(io.ComfyNode):
             ),
             search_aliases=["inpaint", "inpainting", "sampler", "stable diffusion", "repaint", "edit", "fill", "erase"],
             inputs=[
-                ModelType.Input("model", tooltip="From Load Model (Mend)."),
+                ModelType.Input("model", tooltip="From Load Model (Mend), or ComfyUI's own through Wrap Model (Mend)."),
                 io.Image.Input("image", tooltip="The picture, or a batch of pictures; any size."),
                 io.Mask.Input(
                     "mask",
@@ -150,6 +152,19 @@ class MendInpaint(io.ComfyNode):
                     ),
                     optional=True,
                 ),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip=(
+                        "In place of the prompt, for a model from Wrap Model (Mend): ControlNet, areas, masks and hooks"
+                        " on it are followed; what it says about places in the picture is cut along with the crop."
+                    ),
+                    optional=True,
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    tooltip="In place of the negative prompt, for a model from Wrap Model (Mend).",
+                    optional=True,
+                ),
                 io.Boolean.Input(
                     "soft",
                     default=False,
@@ -243,8 +258,10 @@ class MendInpaint(io.ComfyNode):
         blend: str = Blend.AUTO.value,
         color_match: float = 1.0,
         grain: float = 0.0,
+        positive: Any = None,
+        negative: Any = None,
     ) -> io.NodeOutput:
-        model = connected("model", model, MendModel, "Load Model (Mend)")
+        model = connected("model", model, MendModel, "Load Model (Mend) or Wrap Model (Mend)")
         request = InpaintRequest(
             image=image,
             mask=mask,
@@ -267,10 +284,22 @@ class MendInpaint(io.ComfyNode):
             color_match=color_match,
             grain=grain,
         )
-        result = inpaint(request, model.model, model.host)
+        result = inpaint(request, conditioned(model, positive, negative), model.host)
         for report in result.reports:
             log.info("Mend: %s", report)
         return io.NodeOutput(result.images, result.mask, result.seeds[0], ui=show(result.notices))
+
+
+def conditioned(model: MendModel, positive: Any, negative: Any) -> InpaintModel:
+    """The model with CONDITIONING in the place of prompts, if there is any."""
+    if positive is None and negative is None:
+        return model.model
+    if not isinstance(model.model, NativeModel):
+        raise InputError(
+            "positive and negative conditioning can be followed by a model from Wrap Model (Mend) only, and this one is"
+            " from Load Model (Mend): write prompts instead."
+        )
+    return model.model.conditioned(positive, negative)
 
 
 NODES = [MendInpaint]

@@ -21,8 +21,11 @@ SD15_SCHEDULER = {
 }
 
 
-def tiny_pipeline(in_channels=9, prediction_type="epsilon", sample_size=16, seed=0, width=32):
-    """A random StableDiffusionInpaintPipeline: 8x downscale, native size 8 * sample_size pixels, 3-layer CLIP."""
+def tiny_pipeline(in_channels=9, prediction_type="epsilon", sample_size=16, seed=0, width=32, groups=8):
+    """A random StableDiffusionInpaintPipeline: 8x downscale, native size 8 * sample_size pixels, 3-layer CLIP.
+
+    ComfyUI's own networks have groups of 32 only.
+    """
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -37,14 +40,14 @@ def tiny_pipeline(in_channels=9, prediction_type="epsilon", sample_size=16, seed
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=width,
         attention_head_dim=4,
-        norm_num_groups=8,
+        norm_num_groups=groups,
     )
     vae = AutoencoderKL(
-        block_out_channels=[16, 16, 32, 32],
+        block_out_channels=[max(16, groups), max(16, groups), 2 * max(16, groups), 2 * max(16, groups)],
         in_channels=3,
         out_channels=3,
         latent_channels=4,
-        norm_num_groups=8,
+        norm_num_groups=groups,
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
         sample_size=8 * sample_size,

@@ -1,0 +1,102 @@
+"""Tiny random models twice: as diffusers modules, and as ComfyUI's own MODEL, CLIP and VAE with the same weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.supported_models_base
+import comfy.utils
+import torch
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Native:
+    model: Any
+    clip: Any
+    vae: Any
+
+
+def sd_unet_config(channels: int) -> dict[str, Any]:
+    """ComfyUI's configuration of tiny.tiny_pipeline's UNet."""
+    return {
+        "image_size": 32,
+        "in_channels": channels,
+        "out_channels": 4,
+        "model_channels": 32,
+        "num_res_blocks": [1, 1],
+        "channel_mult": [1, 2],
+        "transformer_depth": [0, 1],
+        "transformer_depth_output": [0, 0, 1, 1],
+        "transformer_depth_middle": 1,
+        "context_dim": 32,
+        "use_linear_in_transformer": False,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "adm_in_channels": None,
+        "num_heads": 4,
+        "num_head_channels": -1,
+        "use_temporal_attention": False,
+        "dtype": torch.float32,
+    }
+
+
+def native_sd(pipeline: Any) -> Native:
+    """Of a StableDiffusionInpaintPipeline from tiny.tiny_pipeline(groups=32)."""
+    channels = pipeline.unet.config.in_channels
+    config = sd_unet_config(channels)
+    settings = comfy.supported_models.SD15(dict(config))
+    settings.unet_config = config
+    settings.set_inference_dtype(torch.float32, None)
+    kind = comfy.model_base.ModelType.EPS
+    if pipeline.scheduler.config.prediction_type == "v_prediction":
+        kind = comfy.model_base.ModelType.V_PREDICTION
+    model = comfy.model_base.BaseModel(settings, kind, device=CPU)
+    if channels == 9:
+        model.set_inpaint()
+    names = comfy.utils.unet_to_diffusers(config)
+    state = {names[key]: value.clone() for key, value in pipeline.unet.state_dict().items()}
+    model.diffusion_model.load_state_dict(state)
+    patcher = comfy.model_patcher.ModelPatcher(model, CPU, CPU)
+    return Native(patcher, native_clip(pipeline.text_encoder), native_vae(pipeline.vae))
+
+
+def native_clip(text_encoder: Any) -> Any:
+    target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
+    options = {"clip_l_model_config": clip_config(text_encoder.config)}
+    clip = comfy.sd.CLIP(target=target, model_options=options, embedding_directory=None)
+    state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in text_encoder.state_dict().items()}
+    clip.cond_stage_model.clip_l.load_sd(state)
+    return clip
+
+
+def clip_config(config: Any) -> dict[str, Any]:
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "hidden_act")
+    fixed = {"max_position_embeddings": 77, "eos_token_id": 49407}
+    return {name: getattr(config, name) for name in names} | fixed
+
+
+def native_vae(vae: Any) -> Any:
+    """The widths of the VAE's blocks are multiples of the first."""
+    widths = vae.config.block_out_channels
+    details = {
+        "double_z": True,
+        "z_channels": vae.config.latent_channels,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": widths[0],
+        "ch_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": vae.config.layers_per_block,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    state = {key: value.clone() for key, value in vae.state_dict().items()}
+    return comfy.sd.VAE(sd=state, config={"params": {"ddconfig": details, "embed_dim": vae.config.latent_channels}})
