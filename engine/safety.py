@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from .host import Host, ManagedModule, Role
 from .images import as_images, to_bytes
-from .models.load import assemble, read_weights
-from .models.weight_files import PICKLE_SUFFIXES, choose_weights, read_json
+from .models.modules import assemble
+from .models.weight_files import PICKLE_SUFFIXES, choose_weights, read_json, read_weights
 from .types import InputError, MissingPackageError, ModelFileError
 
 if TYPE_CHECKING:

@@ -1,200 +1,495 @@
-"""Recognises a model from headers and config files alone, in milliseconds, and refuses the rest by name."""
+"""Recognises a model from headers and config files alone, in milliseconds, and names what it is.
+
+What is recognised here is more than can be loaded: ``load`` decides, and refuses the rest by the name it gets here.
+Nothing is guessed from a file's name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..types import InputError, ModelFileError
-from .ldm import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
-from .weight_files import PICKLE_SUFFIXES, SAFE_COPY, Header, read_header, read_json
+from ..types import ModelFileError
+from .ldm import VAE_PREFIX
+from .weight_files import DTYPES, PICKLE_SUFFIXES, SAFE_COPY, Header, read_header, read_json
 
 CONFIGS = Path(__file__).parent / "configs"
 SHIPPED = Path(__file__).parent / "shipped"
 """Diffusers folders that come with the pack."""
-SUPPORTED = "Stable Diffusion 1.x and 2.x, with 4 or 9 (inpainting) input channels"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-CHANNELS = (4, 9)
+"""What a user may set for the networks that can be trained on either."""
+
+DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+"""Of a checkpoint, of some split files, and of a file of the network alone."""
 
 
-class Family(str, Enum):
-    """Architectures that can be loaded; the values begin the names of the shipped configs."""
+class Kind(str, Enum):
+    """What role a file plays."""
 
-    SD1 = "sd15"
-    SD2 = "sd2"
-
-
-class TextLayout(str, Enum):
-    """How a single file spells its text encoder."""
-
-    CLIP = "clip"
-    """transformers' names, with or without ``text_model.``"""
-    OPEN_CLIP = "open_clip"
+    MODEL = "model"
+    """A denoiser, with or without its text encoders and VAE."""
+    VAE = "vae"
+    TEXT_ENCODER = "text_encoder"
+    OTHER = "other"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A single file with UNet, VAE and text encoder, in the original latent-diffusion layout."""
+class TextEncoder:
+    """What tells one text encoder from another."""
+
+    architecture: str
+    """"clip" or "t5"."""
+    width: int
+    layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a file or folder is."""
+
+    name: str
+    """Its own, for messages."""
+    kind: Kind
+    what: str
+    """With its article: "an SDXL inpainting model"."""
+    family: str = ""
+    """Of a MODEL: "sd1", "sdxl", "flux", ...; empty where it cannot be told."""
+    variant: str = ""
+    """Within the family: "inpaint", "fill", "3.5-medium", ...; empty for the plain one."""
+    header: Header | None = None
+    """Of a single file."""
+    prefix: str = ""
+    """What the denoiser's keys begin with."""
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    """What the file itself says of its schedule."""
+    quantised: bool = False
+    """Whether numbers beside the weights say how to read them."""
+    native: bool = False
+    """Whether ComfyUI loads it by itself and paints with it as this engine would."""
+    text_encoder: TextEncoder | None = None
+    latent_channels: int = 0
+    """Of a VAE."""
+    way_out: str = ""
+    """What to do instead, where there is something to do."""
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """What one of the rules below says of a network."""
+
+    family: str
+    what: str
+    variant: str = ""
+    native: bool = False
+    way_out: str = ""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The tensors of a file below a prefix."""
 
     header: Header
-    in_channels: int
-    context_width: int
-    """Width of the prompt embeddings the UNet reads: 768 for SD1, 1024 for SD2."""
-    text_layout: TextLayout
+    prefix: str
+
+    def has(self, *keys: str) -> bool:
+        return all(self.prefix + key in self.header.tensors for key in keys)
+
+    def side(self, key: str, axis: int) -> int:
+        """Of a tensor's shape; 0 where there is none."""
+        shape = self.header.shape(self.prefix + key)
+        return shape[axis] if shape is not None and len(shape) > axis else 0
+
+    def first(self, ending: str) -> str:
+        """The first key of that ending, or an empty one."""
+        found = (key for key in self.header.tensors if key.startswith(self.prefix) and key.endswith(ending))
+        return next(found, self.prefix)[len(self.prefix) :]
 
 
-# in_channels of the first convolution, other than those that can be used
-_OTHER_CHANNELS = {5: "a depth-guided model", 7: "an upscaler", 8: "an InstructPix2Pix model"}
+# --- single files
 
-# what a UNet of the original layout is, by the width of the prompt embeddings it reads
-_CONTEXT_FAMILIES = {768: Family.SD1, 1024: Family.SD2}
-_OTHER_CONTEXTS = {2048: "an SDXL model", 1280: "an SDXL refiner"}
 
-# what is not a full checkpoint of a known family: parts of key names, description, way out; the first that fits counts
-_OTHER_KINDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+# what is neither a denoiser, a VAE nor a text encoder: parts of key names, description, way out; the first that fits
+_ADD_ONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("lora_controlnet",), "a control-LoRA", "choose the model it was made for"),
     (("lora_", ".lora_A.", ".lora_down.", ".lora.down.", ".lora_up.", ".hada_w1", ".lokr_w1"), "a LoRA",
      "choose the model it was made for"),
-    (("control_model.", "controlnet_cond_embedding.", "input_hint_block.", "controlnet_blocks."), "a ControlNet",
-     "choose the model it was made for"),
+    (("control_model.", "controlnet_cond_embedding.", "input_hint_block.", "controlnet_blocks.",
+      "controlnet_x_embedder.", "control_add_embedding."), "a ControlNet", "choose the model it was made for"),
     (("image_proj.", "ip_adapter."), "an IP-Adapter", "choose the model it was made for"),
     (("emb_params", "string_to_param"), "a textual inversion embedding", "put it in models/embeddings"),
     (("concept_embeds",), "a safety checker", "load it with the safety checker's loader"),
-    (("double_stream_modulation_img.", "single_stream_modulation."), "a FLUX.2 model", ""),
-    (("double_blocks.", "single_transformer_blocks."), "a FLUX model", ""),
-    (("joint_blocks.",), "a Stable Diffusion 3 model", ""),
-    (("cap_embedder.",), "a Lumina or Z-Image model", ""),
-    (("txt_norm.",), "a Qwen-Image model", ""),
-    ((UNET_PREFIX,), "a diffusion model of another family", ""),
-    (("decoder.conv_in.",), "a VAE alone", "choose a full checkpoint"),
-    (("text_model.encoder.", "encoder.block.0.", "resblocks.0.", "encoder.layers.0.self_attn."), "a text encoder alone",
-     "choose a full checkpoint"),
-    (("down_blocks.",), "a UNet in diffusers' layout", "put its whole folder into models/diffusers"),
-    (("input_blocks.",), "a UNet alone", "choose a full checkpoint, or its diffusers folder"),
-    (("transformer_blocks.", "blocks.0.", "layers.0."), "a diffusion transformer", ""),
 )  # fmt: skip
+_QUANTISED = re.compile(
+    r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant|qweight|wscales|absmax|quant_state\.\w+)$"
+)
 
 
-def recognise(path: Path) -> Checkpoint:
-    """What a single file is; raises ModelFileError naming what was found instead of a usable model."""
+def recognise(path: Path) -> Found:
+    """What a single file is; raises ModelFileError for what is no safetensors file at all."""
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise ModelFileError(
             f"{path.name} is a pickle, which can run code when opened, and is never opened here: {SAFE_COPY}."
         )
     header = read_header(path)
-    stem = header.shape(f"{UNET_PREFIX}input_blocks.0.0.weight")
-    if stem is None or header.has_prefix("control_model."):
-        raise _not_a_checkpoint(header)
-    context = header.shape(f"{UNET_PREFIX}middle_block.1.transformer_blocks.0.attn2.to_k.weight")
-    if context is None:
-        raise ModelFileError(f"{path.name} holds a diffusion model that reads no prompt; supported are {SUPPORTED}.")
-    _refuse_other_unet(header, stem[1], context[1])
-    for component, prefixes in (("VAE", (VAE_PREFIX,)), ("text encoder", (CLIP_PREFIX, OPEN_CLIP_PREFIX))):
-        if not header.has_prefix(*prefixes):
-            raise ModelFileError(
-                f"{path.name} holds a UNet but no {component}: choose a full checkpoint, or its diffusers folder."
-            )
-    layout = TextLayout.OPEN_CLIP if header.has_prefix(OPEN_CLIP_PREFIX) else TextLayout.CLIP
-    return Checkpoint(header, stem[1], context[1], layout)
-
-
-def _refuse_other_unet(header: Header, channels: int, context: int) -> None:
-    found = _OTHER_CONTEXTS.get(context)
-    if found is None and header.has_prefix(f"{UNET_PREFIX}label_emb."):
-        found = "an unCLIP model, which is guided by images,"
-    if found is None and channels not in CHANNELS:
-        found = f"{_OTHER_CHANNELS.get(channels, 'a model')} with {channels} input channels"
-    if found:
-        raise ModelFileError(f"{header.path.name} is {found} and cannot be used here; supported are {SUPPORTED}.")
-
-
-def _not_a_checkpoint(header: Header) -> ModelFileError:
-    name = header.path.name
     if not header.tensors:
-        return ModelFileError(f"{name} holds no tensors: download it again.")
-    for marks, found, way_out in _OTHER_KINDS:
+        raise ModelFileError(f"{path.name} holds no tensors: download it again.")
+    return _add_on(header) or _model(header) or _vae(header) or _text_encoder(header) or _unknown(header)
+
+
+def _add_on(header: Header) -> Found | None:
+    for marks, what, way_out in _ADD_ONS:
         if any(mark in key for key in header.tensors for mark in marks):
-            return ModelFileError(f"{name} is {found}: {way_out or f'supported are {SUPPORTED}'}.")
-    first = next(iter(header.tensors))
-    return ModelFileError(f"{name} is no known model (its first tensor is {first}); supported are {SUPPORTED}.")
-
-
-def shipped_config(checkpoint: Checkpoint, prediction_type: str | None = None) -> Path:
-    """The config folder that belongs to a checkpoint, ``prediction_type`` overriding what its weights say."""
-    family = _CONTEXT_FAMILIES.get(checkpoint.context_width)
-    if family is None:
-        raise ModelFileError(
-            f"{checkpoint.header.path.name} has a UNet of an unusual size (prompt width {checkpoint.context_width}): "
-            f"put a folder with its diffusers configs beside it, named {checkpoint.header.path.stem}-config."
+            return Found(name=header.path.name, kind=Kind.OTHER, what=what, way_out=way_out, header=header)
+    # what embeddings for SDXL are made of
+    if header.tensors.keys() <= {"clip_l", "clip_g"}:
+        return Found(
+            name=header.path.name,
+            kind=Kind.OTHER,
+            what="a textual inversion embedding",
+            way_out="put it in models/embeddings",
+            header=header,
         )
-    inpaint = checkpoint.in_channels == 9
-    if family is Family.SD1:
-        return CONFIGS / ("sd15-inpaint" if inpaint else "sd15")
-    if inpaint:
-        return CONFIGS / "sd2-inpaint"
-    predicts_v = (prediction_type or _sd2_prediction_type(checkpoint.header)) == "v_prediction"
-    return CONFIGS / ("sd2-v" if predicts_v else "sd2-base")
+    return None
 
 
-_SD2_PROBE = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+def _model(header: Header) -> Found | None:
+    for prefix in DENOISER_PREFIXES:
+        keys = Keys(header, prefix)
+        for rule in _RULES:
+            if (denoiser := rule(keys)) is not None:
+                return Found(
+                    name=header.path.name,
+                    kind=Kind.MODEL,
+                    what=denoiser.what,
+                    family=denoiser.family,
+                    variant=denoiser.variant,
+                    header=header,
+                    prefix=prefix,
+                    scheduler=_own_schedule(header),
+                    quantised=any(_QUANTISED.search(key) for key in header.tensors),
+                    native=denoiser.native,
+                    way_out=denoiser.way_out,
+                )
+    return None
 
 
-def _sd2_prediction_type(header: Header) -> str:
-    """SD2's 512 and 768 models have the same shapes; training on v left the biases of the last norms far wider.
+def _own_schedule(header: Header) -> dict[str, Any]:
+    """Markers, tensors without meaning of their own, that models trained on v carry since SDXL."""
+    if "v_pred" not in header.tensors:
+        return {}
+    schedule: dict[str, Any] = {"prediction_type": "v_prediction"}
+    if "ztsnr" in header.tensors:
+        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return schedule
+
+
+def _vae(header: Header) -> Found | None:
+    for prefix in (VAE_PREFIX, "vae.", ""):
+        channels = Keys(header, prefix).side("decoder.conv_in.weight", 1)
+        if channels:
+            return Found(
+                name=header.path.name,
+                kind=Kind.VAE,
+                what="a VAE alone",
+                way_out="choose a model, and this beside it as its VAE",
+                header=header,
+                prefix=prefix,
+                latent_channels=channels,
+            )
+    if any("decoder.middle.0.residual." in key for key in header.tensors):
+        return _part(header, "a VAE of Wan or Qwen-Image")
+    return None
+
+
+_CLIP_LAYERS = (
+    ("text_model.encoder.layers.{}.mlp.fc1.weight", "clip"),
+    ("encoder.layers.{}.mlp.fc1.weight", "clip"),
+    ("transformer.resblocks.{}.mlp.c_fc.weight", "clip"),
+    ("encoder.block.{}.layer.0.SelfAttention.q.weight", "t5"),
+)
+
+
+def _text_encoder(header: Header) -> Found | None:
+    if header.has_prefix("vision_model.", "visual.transformer."):
+        return _part(header, "a CLIP vision model")
+    encoder = text_encoder_of(Keys(header, ""))
+    if encoder is not None:
+        return Found(
+            name=header.path.name,
+            kind=Kind.TEXT_ENCODER,
+            what="a text encoder alone",
+            way_out="choose a model, and this beside it as its text encoder",
+            header=header,
+            quantised=any(_QUANTISED.search(key) for key in header.tensors),
+            text_encoder=encoder,
+        )
+    if header.has_prefix("model.layers.0.self_attn.", "model.language_model."):
+        return _part(header, "a language model, a text encoder of other families")
+    return None
+
+
+def text_encoder_of(keys: Keys) -> TextEncoder | None:
+    """The text encoder below a prefix, in any spelling."""
+    for pattern, architecture in _CLIP_LAYERS:
+        width = keys.side(pattern.format(0), 1)
+        if width:
+            layers = 1
+            while keys.has(pattern.format(layers)):
+                layers += 1
+            return TextEncoder(architecture, width, layers)
+    return None
+
+
+def _part(header: Header, what: str) -> Found:
+    return Found(name=header.path.name, kind=Kind.OTHER, what=what, header=header)
+
+
+# what a diffusion model of another family shows, most telling first; "native": ComfyUI paints pictures with it
+_OTHER_MODELS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("patch_embedding.", "head.modulation"), "a Wan video model"),
+    (("txt_in.individual_token_refiner.",), "a HunyuanVideo model"),
+    (("adaln_single.emb.timestep_embedder.",), "a PixArt or LTX-Video model"),
+    (("cond_seq_linear.",), "an AuraFlow model"),
+    (("clip_txt_mapper.", "clip_txt_pooled_mapper."), "a Stable Cascade model"),
+    (("caption_projection.0.linear.",), "a HiDream model"),
+    (("transformer_blocks.", "blocks.0.", "layers.0.", "double_blocks.", "model.diffusion_model."),
+     "a diffusion model of another family"),
+)  # fmt: skip
+
+
+def _unknown(header: Header) -> Found:
+    for marks, what in _OTHER_MODELS:
+        if any(mark in key for key in header.tensors for mark in marks):
+            return Found(name=header.path.name, kind=Kind.MODEL, what=what, header=header)
+    first = next(iter(header.tensors))
+    return Found(
+        name=header.path.name, kind=Kind.OTHER, what=f"no known model (its first tensor is {first})", header=header
+    )
+
+
+# --- denoisers
+
+# in_channels of a UNet -> variant and what it is called
+_CHANNELS = {
+    4: ("", "{} model"),
+    9: ("inpaint", "{} inpainting model"),
+    8: ("ip2p", "InstructPix2Pix model ({})"),
+    5: ("depth", "depth-guided model ({})"),
+    7: ("upscaler", "upscaler ({})"),
+}
+# width of the prompt embeddings a UNet reads -> family and title
+_CONTEXTS = {
+    768: ("sd1", "Stable Diffusion 1.x"),
+    1024: ("sd2", "Stable Diffusion 2.x"),
+    2048: ("sdxl", "SDXL"),
+    1280: ("sdxl-refiner", "SDXL refiner"),
+}
+_KOLORS_ADM = 5632
+_SDXL_BASE = "choose an SDXL base or inpainting model; the refiner only finishes what one of these began"
+
+
+def _unet(keys: Keys) -> Denoiser | None:
+    """The original layout of UNets, and diffusers' own."""
+    if keys.has("input_blocks.0.0.weight"):
+        stem, middle, vector = "input_blocks.0.0.weight", "middle_block.1.", "label_emb.0.0.weight"
+        probe = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    elif keys.has("conv_in.weight") and keys.first(".attn2.to_k.weight"):
+        stem, middle, vector = "conv_in.weight", "mid_block.attentions.0.", "add_embedding.linear_1.weight"
+        probe = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
+    else:
+        return None
+    block = f"{middle}transformer_blocks.0.attn2.to_k.weight"
+    width = keys.side(block, 1) or keys.side(keys.first(".attn2.to_k.weight"), 1)
+    if not width:
+        return Denoiser("", "a diffusion model that reads no prompt")
+    adm = keys.side(vector, 1)
+    markers = keys.header.tensors
+    if width == 2048 and adm == _KOLORS_ADM:
+        return Denoiser("kolors", "a Kolors model")
+    if width == 2048 and not keys.has(block):
+        return Denoiser("sdxl", "an SDXL model with parts left out (SSD-1B or Vega)", "pruned")
+    if any(key.startswith(("edm_mean", "edm_vpred.")) for key in markers):
+        return Denoiser("sdxl", "an SDXL model with an EDM schedule (Playground 2.5 or CosXL)", "edm")
+    if width in (768, 1024) and (adm or keys.has("class_embedding.linear_1.weight")):
+        return Denoiser(_CONTEXTS[width][0], "an unCLIP model, which is guided by images,", "unclip")
+    denoiser = describe_unet(width, keys.side(stem, 1))
+    # SD2's 512 and 768 models have the same shapes
+    if denoiser.family == "sd2" and not denoiser.variant and _was_trained_on_v(keys.header, keys.prefix + probe):
+        return Denoiser("sd2", denoiser.what, "v", native=True)
+    return denoiser
+
+
+def describe_unet(width: int, channels: int) -> Denoiser:
+    """By the width of the prompt embeddings and the input channels of a UNet."""
+    family, title = _CONTEXTS.get(width, ("", "Stable Diffusion"))
+    if family == "sdxl-refiner":
+        return Denoiser(family, "the SDXL refiner", way_out=_SDXL_BASE)
+    variant, text = _CHANNELS.get(channels, ("other", f"{{}} model with {channels} input channels"))
+    what = text.format(title)
+    if channels in (5, 7, 8):
+        what += f" with {channels} input channels"
+    article = "an" if what[0] in "AEIOU" or what.startswith("SDXL") else "a"
+    return Denoiser(family, f"{article} {what}", variant, native=channels in (4, 9))
+
+
+def _was_trained_on_v(header: Header, bias: str) -> bool:
+    """Training on v left the biases of SD2's last norms far wider.
 
     ComfyUI decides by the same statistic: the standard deviation of one bias, above 0.09 for v.
     """
-    if _SD2_PROBE not in header.tensors:
-        return "epsilon"
-    return "v_prediction" if header.read(_SD2_PROBE).float().std(unbiased=False).item() > 0.09 else "epsilon"
+    info = header.tensors.get(bias)
+    if info is None or info.dtype not in DTYPES:
+        return False
+    return header.read(bias).float().std(unbiased=False).item() > 0.09
+
+
+def _flux_2(keys: Keys) -> Denoiser | None:
+    if keys.has("single_stream_modulation.lin.weight") or keys.has("single_stream_modulation.linear.weight"):
+        return Denoiser("flux2", "a FLUX.2 model", native=True)
+    return None
+
+
+# width of FLUX's packed input -> variant and what it is called
+_FLUX_INPUTS = {64: ("dev", "a FLUX model"), 128: ("control", "a FLUX canny or depth model"),
+                384: ("fill", "a FLUX Fill model")}  # fmt: skip
+
+
+def _flux(keys: Keys) -> Denoiser | None:
+    """BFL's layout, and diffusers'. Kontext and the many finetunes have the shapes of dev."""
+    if keys.has("double_blocks.0.img_attn.qkv.weight", "img_in.weight"):
+        width, guided = keys.side("img_in.weight", 1), keys.has("guidance_in.in_layer.weight")
+    elif keys.has("x_embedder.weight", "single_transformer_blocks.0.attn.to_q.weight"):
+        width = keys.side("x_embedder.weight", 1)
+        guided = keys.has("time_text_embed.guidance_embedder.linear_1.weight")
+    else:
+        return None
+    if keys.first("distilled_guidance_layer.in_proj.weight"):
+        return Denoiser("chroma", "a Chroma model", native=True)
+    if width == 64 and not guided:
+        return Denoiser("flux", "a FLUX schnell model", "schnell", native=True)
+    variant, what = _FLUX_INPUTS.get(width, ("other", f"a FLUX model with {width} input channels"))
+    return Denoiser("flux", what, variant, native=variant in ("dev", "fill"))
+
+
+def _sd3(keys: Keys) -> Denoiser | None:
+    """The original layout, and diffusers'; the original's depth is told by its width, 64 a layer."""
+    if keys.has("joint_blocks.0.context_block.attn.qkv.weight"):
+        width, channels = keys.side("x_embedder.proj.weight", 0), keys.side("x_embedder.proj.weight", 1)
+        dual, normed = (
+            keys.has("joint_blocks.0.x_block.attn2.qkv.weight"),
+            keys.has("joint_blocks.0.context_block.attn.ln_q.weight"),
+        )
+    elif keys.has("pos_embed.proj.weight", "transformer_blocks.0.attn.add_q_proj.weight"):
+        width, channels = keys.side("pos_embed.proj.weight", 0), keys.side("pos_embed.proj.weight", 1)
+        dual, normed = (
+            keys.has("transformer_blocks.0.attn2.to_q.weight"),
+            keys.has("transformer_blocks.0.attn.norm_added_q.weight"),
+        )
+    else:
+        return None
+    if channels not in (0, 16):
+        return Denoiser("sd3", f"a Stable Diffusion 3 model with {channels} input channels", "other")
+    if dual:
+        return Denoiser("sd3", "a Stable Diffusion 3.5 Medium model", "3.5-medium", native=True)
+    if normed or width == 38 * 64:
+        return Denoiser("sd3", "a Stable Diffusion 3.5 Large model", "3.5-large", native=True)
+    return Denoiser("sd3", "a Stable Diffusion 3 model", "3-medium", native=True)
+
+
+def _qwen_image(keys: Keys) -> Denoiser | None:
+    if keys.has("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"):
+        return Denoiser("qwen-image", "a Qwen-Image model", native=True)
+    return None
+
+
+def _lumina(keys: Keys) -> Denoiser | None:
+    if not (keys.has("cap_embedder.1.weight") and keys.header.has_prefix(f"{keys.prefix}noise_refiner.")):
+        return None
+    if keys.side("cap_embedder.1.weight", 0) == 3840:
+        return Denoiser("z-image", "a Z-Image model", native=True)
+    return Denoiser("lumina2", "a Lumina 2 model", native=True)
+
+
+_RULES: tuple[Callable[[Keys], Denoiser | None], ...] = (_unet, _flux_2, _flux, _sd3, _qwen_image, _lumina)
+
+
+# --- diffusers folders
+
+# _class_name of a transformer -> family and what it is
+_TRANSFORMERS = {
+    "FluxTransformer2DModel": ("flux", "a FLUX model"),
+    "Flux2Transformer2DModel": ("flux2", "a FLUX.2 model"),
+    "ChromaTransformer2DModel": ("chroma", "a Chroma model"),
+    "SD3Transformer2DModel": ("sd3", "a Stable Diffusion 3 model"),
+    "QwenImageTransformer2DModel": ("qwen-image", "a Qwen-Image model"),
+    "ZImageTransformer2DModel": ("z-image", "a Z-Image model"),
+    "Lumina2Transformer2DModel": ("lumina2", "a Lumina 2 model"),
+}
 
 
 def is_pipeline_folder(folder: Path) -> bool:
     """Whether a folder looks like a diffusers pipeline."""
-    return (folder / "model_index.json").is_file() or (folder / "unet" / "config.json").is_file()
+    return any(
+        (folder / file).is_file() for file in ("model_index.json", "unet/config.json", "transformer/config.json")
+    )
 
 
-def check_folder(folder: Path) -> None:
-    """Raises ModelFileError unless ``folder`` is a diffusers pipeline of a supported family, by its configs."""
-    name = folder.name
+def recognise_folder(folder: Path) -> Found:
+    """What a diffusers folder is, by its configs; raises ModelFileError for what is no such folder."""
     if not folder.is_dir():
-        raise ModelFileError(f"{name} is neither a folder nor a file: name one that exists.")
+        raise ModelFileError(f"{folder.name} is neither a folder nor a file: name one that exists.")
+    if (folder / "unet" / "config.json").is_file():
+        denoiser = _configured_unet(folder)
+    elif (folder / "transformer" / "config.json").is_file():
+        denoiser = _configured_transformer(read_json(folder / "transformer" / "config.json"))
+    else:
+        denoiser = Denoiser("", _folder_without_denoiser(folder))
+    return Found(
+        name=folder.name,
+        kind=Kind.MODEL,
+        what=denoiser.what,
+        family=denoiser.family,
+        variant=denoiser.variant,
+        way_out=denoiser.way_out,
+    )
+
+
+def _folder_without_denoiser(folder: Path) -> str:
     index = folder / "model_index.json"
     kind = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
-    if not (folder / "unet" / "config.json").is_file():
-        other = next((part for part in ("transformer", "prior", "controlnet") if (folder / part).is_dir()), None)
-        found = f"a {kind or 'model'} with a {other}" if other else "a folder without unet/config.json"
-        raise ModelFileError(f"{name} is {found}; supported are diffusers folders of {SUPPORTED}.")
-    check_unet_config(name, read_json(folder / "unet" / "config.json"))
-    for part, key, wanted in (
-        ("vae", "_class_name", "AutoencoderKL"),
-        ("text_encoder", "model_type", "clip_text_model"),
-    ):
-        if not (folder / part / "config.json").is_file():
-            raise ModelFileError(f"{name} has no {part}/config.json: download the whole folder.")
-        value = read_json(folder / part / "config.json").get(key, wanted)
-        if value != wanted:
-            raise ModelFileError(f"{name} has a {part} of type {value}; supported is {wanted}.")
+    other = next((part for part in ("transformer", "prior", "controlnet") if (folder / part).is_dir()), None)
+    return f"a {kind or 'model'} with a {other}" if other else "a folder without unet/config.json"
 
 
-def check_unet_config(name: str, config: Mapping[str, Any]) -> None:
-    """Raises ModelFileError unless the UNet of the model ``name`` is of a supported family."""
-    channels = config.get("in_channels", 4)
-    found = None
-    if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        found = f"a model with a {config['_class_name']}"
-    elif config.get("addition_embed_type") is not None:
-        found = "an SDXL model" if config["addition_embed_type"] == "text_time" else "a model with extra embeddings"
-    elif config.get("class_embed_type") is not None:
-        found = "an unCLIP model"
-    elif channels not in CHANNELS:
-        found = f"{_OTHER_CHANNELS.get(channels, 'a model')} with {channels} input channels"
-    if found:
-        raise ModelFileError(f"{name} is {found} and cannot be used here; supported are {SUPPORTED}.")
+def _configured_unet(folder: Path) -> Denoiser:
+    config = read_json(folder / "unet" / "config.json")
+    class_name = config.get("_class_name", "UNet2DConditionModel")
+    extra, width = config.get("addition_embed_type"), config.get("cross_attention_dim", 1280)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if class_name != "UNet2DConditionModel":
+        return Denoiser("", f"a model with a {class_name}")
+    if extra not in (None, "text_time") or config.get("encoder_hid_dim_type") is not None:
+        return Denoiser("", "a model with extra embeddings")
+    if config.get("class_embed_type") is not None:
+        return Denoiser("sd2", "an unCLIP model", "unclip")
+    if extra is None:
+        # prompts of another width are those of networks made for a trial
+        return describe_unet(1024 if width == 1024 else 768, config.get("in_channels", 4))
+    if scheduler.is_file() and str(read_json(scheduler).get("_class_name", "")).startswith("EDM"):
+        return Denoiser("sdxl", "an SDXL model with an EDM schedule (Playground 2.5 or CosXL)", "edm")
+    return describe_unet(1280 if width == 1280 else 2048, config.get("in_channels", 4))
 
 
-def check_prediction_type(prediction_type: str | None) -> None:
-    if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
-        raise InputError(f"prediction_type is {prediction_type!r}; choose from {', '.join(PREDICTION_TYPES)}.")
+def _configured_transformer(config: Mapping[str, Any]) -> Denoiser:
+    class_name = str(config.get("_class_name", "transformer"))
+    family, what = _TRANSFORMERS.get(class_name, ("", f"a model with a {class_name}"))
+    variant = ""
+    if family == "flux":
+        variant, what = _FLUX_INPUTS.get(config.get("in_channels", 64), ("other", what))
+        if variant == "dev" and not config.get("guidance_embeds", False):
+            variant, what = "schnell", "a FLUX schnell model"
+    return Denoiser(family, what, variant, native=bool(family))

@@ -20,8 +20,9 @@ from typing import Any
 
 from ..host import Host, Progress
 from ..types import InputError, ModelFileError
-from .detect import SUPPORTED, check_folder
+from .families import supported
 from .hub import GrowingFile, Hub, RemoteFile, Repository
+from .load import check_folder
 from .weight_files import PICKLE_SUFFIXES, choose_weights, read_json
 
 SUCCESSORS = {
@@ -134,7 +135,8 @@ def choose_files(
     """
     if "config.json" not in repository.names("unet"):
         raise ModelFileError(
-            f"{repository.id} has no unet/config.json; supported are repositories in diffusers' layout of {SUPPORTED}."
+            f"{repository.id} has no unet/config.json; supported are repositories in diffusers' layout of"
+            f" {supported()}."
         )
     notices = []
     configs = ["scheduler/scheduler_config.json"]

@@ -1,92 +1,204 @@
-"""Loads Stable Diffusion 1 and 2 from a diffusers folder or a single file, without network and without pickle."""
+"""Loads models from a diffusers folder, a single file or split files, without network and without pickle.
+
+``detect`` says what lies on disk, a ``Family`` says what its networks are and where files keep them, and here one is
+brought to the other. Weights stay mapped until a module that needs them in another precision copies them.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..host import Host, Role
-from ..prompts import folder_embeddings
-from ..types import ModelFileError
+from ..types import InputError, ModelFileError
 from . import ldm
-from .detect import (
-    CONFIGS,
-    PREDICTION_TYPES,
-    SHIPPED,
-    Checkpoint,
-    TextLayout,
-    check_folder,
-    check_prediction_type,
-    is_pipeline_folder,
-    recognise,
-    shipped_config,
-)
-from .diffusers_model import DiffusersModel, StableDiffusionModel
-from .protocol import Conditioning, ModelFacts
-from .weight_files import DTYPES, PICKLE_SUFFIXES, choose_weights, read_header, read_json
+from .detect import SHIPPED, Found, Kind, is_pipeline_folder, recognise, recognise_folder
+from .diffusers_model import DiffusersModel
+from .families import FAMILIES, supported
+from .family import Components, Config, Family, LoadOptions, Part, State, shipped
+from .modules import assemble
+from .weight_files import Header, read_component, read_json, read_weights
 
-UNET_STEM = VAE_STEM = "diffusion_pytorch_model"
-TEXT_ENCODER_STEM = "model"
 CONFIG_SUFFIX = "-config"
 """``model.safetensors`` is read with the configs in ``model-config/`` beside it, where there is such a folder."""
 
-# VAEs saved before diffusers 0.18 name their attention's projections so
-_OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# parts of CLIP's files that its text encoder does not read
-_UNUSED_TEXT_KEYS = ("embeddings.position_ids", "logit_scale", "text_projection", "text_projection.weight")
-_UNUSED_VAE_PREFIXES = ("loss.", "model_ema.")
+
+class Source(Protocol):
+    """Where the weights of a model's parts are."""
+
+    def has(self, part: Part) -> bool: ...
+
+    def read(self, part: Part, dtype: torch.dtype) -> State:
+        """Its weights in any spelling, those closest to ``dtype`` where there is a choice."""
+        ...
 
 
 @dataclass(frozen=True)
-class Configs:
-    """The settings of a model's parts, as their JSON files have them."""
+class FolderSource:
+    """A diffusers folder."""
 
-    unet: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    text_encoder: Mapping[str, Any]
+    folder: Path
+
+    def has(self, part: Part) -> bool:
+        return (self.folder / part.name / "config.json").is_file()
+
+    def read(self, part: Part, dtype: torch.dtype) -> State:
+        return read_component(self.folder / part.name, part.stem, dtype)
+
+
+class FileSource:
+    """One file, with or without text encoders and VAE."""
+
+    def __init__(self, header: Header, denoiser_prefix: str) -> None:
+        self._header = header
+        self._denoiser_prefix = denoiser_prefix
+        self._state: State | None = None
+
+    def has(self, part: Part) -> bool:
+        return self._prefix(part) is not None
+
+    def read(self, part: Part, dtype: torch.dtype) -> State:
+        if self._state is None:
+            self._state = read_weights(self._header.path)
+        prefix = self._prefix(part)
+        assert prefix is not None
+        return ldm.component(self._state, prefix)
+
+    def _prefix(self, part: Part) -> str | None:
+        if part.role is Role.DENOISER:
+            return self._denoiser_prefix
+        return next((prefix for prefix in part.prefixes if self._header.has_prefix(prefix)), None)
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """One part's weights in a file or folder of its own, with the config that belongs to them."""
+
+    name: str
+    config: Config
+    state: State
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on disk."""
+
+    name: str
+    family: Family
+    source: Source
+    folder: Path
+    """Of its configs and tokenizers."""
     scheduler: Mapping[str, Any]
-    tokenizer: Path | None
-    """A folder, or None for CLIP's own."""
+    """What the file says of its schedule, over its configs."""
 
-
-@dataclass(frozen=True)
-class Weights:
-    """The state dicts of a model's parts under the names of diffusers and, without ``text_model.``, transformers."""
-
-    unet: dict[str, Tensor]
-    vae: dict[str, Tensor]
-    text_encoder: dict[str, Tensor]
+    @property
+    def configs(self) -> dict[str, Config]:
+        """By part; without the optional ones that are not there."""
+        paths = {part.name: self.folder / part.name / "config.json" for part in self.family.parts}
+        return {name: read_json(path) for name, path in paths.items() if path.is_file()}
 
 
 def load_model(
-    path: Path, host: Host, *, config: Path | None = None, prediction_type: str | None = None
+    path: Path,
+    host: Host,
+    *,
+    config: Path | None = None,
+    family: str | None = None,
+    prediction_type: str | None = None,
+    vae: Path | None = None,
+    text_encoders: Sequence[Path] = (),
+    options: LoadOptions | None = None,
 ) -> DiffusersModel:
-    """The model at ``path``: a diffusers folder, or one .safetensors file with UNet, VAE and text encoder.
+    """The model at ``path``: a diffusers folder, a .safetensors checkpoint, or a file of the denoiser alone.
 
-    ``config`` is a diffusers folder whose configs and tokenizer replace the model's own; for a single file, a folder
+    ``config`` is a diffusers folder whose configs and tokenizers replace the model's own; for a single file, a folder
     beside it with the same name and ``-config`` does the same, and else the shipped configs of its family are used.
-    ``prediction_type`` ("epsilon", "v_prediction") overrides what the configs or the weights say. The host chooses
-    the precision. Raises ModelFileError for everything that is not such a model, naming what it is.
+    ``family`` (a key of ``families.FAMILIES``) and ``prediction_type`` ("epsilon", "v_prediction") override what the
+    configs or the weights say. ``vae`` takes the place of the model's: a .safetensors file of any layout, a checkpoint
+    that holds one, or a diffusers folder. ``text_encoders`` are files for those that the model lacks or is to swap, in
+    any order. The host chooses the precision. Raises ModelFileError for everything that is not such a model, naming
+    what it is, and InputError for options that do not exist.
     """
-    check_prediction_type(prediction_type)
+    if family is not None and family not in FAMILIES:
+        raise InputError(f"family is {family!r}; choose from {', '.join(FAMILIES)}.")
+    model = find_parts(path, config, family, prediction_type)
+    configs = model.configs
+    files = {part.name: file for part, file in _text_encoder_files(model, configs, text_encoders).items()}
+    if vae is not None:
+        files["vae"] = _vae_file(model, configs["vae"], vae, host)
+    scheduler = {**_scheduler_config(model.folder), **model.scheduler}
+    if prediction_type is not None:
+        scheduler["prediction_type"] = prediction_type
+    model.family.check_scheduler(model.name, scheduler)
+    _check_complete(model, files)
+    modules = {}
+    for part in model.family.parts:
+        file = files.get(part.name)
+        if file is not None:
+            configs[part.name] = file.config
+        elif not model.source.has(part):
+            continue
+        modules[part.name] = host.manage(_assemble(model, part, configs[part.name], file, host), part.role)
+    return model.family.make(
+        Components(
+            name=model.name,
+            modules=modules,
+            configs=configs,
+            scheduler=scheduler,
+            folder=model.folder,
+            host=host,
+            options=options or LoadOptions(),
+        )
+    )
+
+
+def find_parts(
+    path: Path, config: Path | None = None, family: str | None = None, prediction_type: str | None = None
+) -> Model:
+    """What is at ``path``, without its weights; arguments and errors are those of load_model."""
     if path.is_dir():
-        check_folder(path)
-        config = config or path
-        weights = _folder_weights(path, host)
-    elif path.exists():
-        checkpoint = recognise(path)
-        config = config or _config_beside(path) or shipped_config(checkpoint, prediction_type)
-        weights = _checkpoint_weights(checkpoint, read_configs(config))
-    else:
+        chosen = check_folder(path, family)
+        chosen.check_prediction_type(prediction_type)
+        if config is not None:
+            check_folder(config, family)
+        return Model(path.name, chosen, FolderSource(path), config or path, {})
+    if not path.exists():
         raise ModelFileError(f"{path.name} is not there any more: choose another model, or refresh the menu.")
-    return _assemble(path.name, read_configs(config), weights, host, prediction_type)
+    found = recognise(path)
+    if found.kind is not Kind.MODEL or found.quantised:
+        raise _refusal(found)
+    config = config or _config_beside(path)
+    chosen = check_folder(config, family) if config else _family_of(found, family)
+    chosen.check_prediction_type(prediction_type)
+    folder = config or _shipped_config(found, chosen, prediction_type)
+    assert found.header is not None
+    return Model(path.name, chosen, FileSource(found.header, found.prefix), folder, found.scheduler)
+
+
+def check_folder(folder: Path, family: str | None = None) -> Family:
+    """The family of a diffusers folder, by its configs; raises ModelFileError unless it can be loaded."""
+    found = recognise_folder(folder)
+    chosen = FAMILIES.get(family or found.family)
+    if chosen is None or chosen.choose_config(found, None) is None:
+        raise _refusal(found)
+    for part in chosen.parts:
+        path = folder / part.name / "config.json"
+        if not path.is_file():
+            if part.optional:
+                continue
+            raise ModelFileError(f"{folder.name} has no {part.name}/config.json: download the whole folder.")
+        kind = read_json(path).get(part.kind_key, part.kind)
+        if kind != part.kind:
+            raise ModelFileError(f"{folder.name} has a {part.name} of type {kind}; supported is {part.kind}.")
+    _scheduler_config(folder)
+    return chosen
 
 
 def find_models(host: Host) -> dict[str, Path]:
@@ -113,251 +225,142 @@ def available_models(host: Host) -> dict[str, Path]:
     return (found := find_models(host)) | {name: path for name, path in shipped.items() if name not in found}
 
 
-def read_configs(folder: Path) -> Configs:
-    """The configs of a diffusers folder, with or without weights in it."""
-    check_folder(folder)
-    tokenizer = folder / "tokenizer"
-    has_tokenizer = (tokenizer / "tokenizer.json").is_file() or (tokenizer / "vocab.json").is_file()
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    if not scheduler.is_file():
-        raise ModelFileError(f"{folder.name} has no scheduler/scheduler_config.json: download the whole folder.")
-    return Configs(
-        unet=read_json(folder / "unet" / "config.json"),
-        vae=read_json(folder / "vae" / "config.json"),
-        text_encoder=read_json(folder / "text_encoder" / "config.json"),
-        scheduler=read_json(scheduler),
-        tokenizer=tokenizer if has_tokenizer else None,
-    )
-
-
-def load_tokenizer(folder: Path | None, text_encoder: Mapping[str, Any]) -> Any:
-    """The CLIPTokenizer for a text encoder's config, from ``folder`` or, when None, the shipped one."""
-    from transformers import CLIPTokenizer
-
-    length = text_encoder.get("max_position_embeddings", 77)
-    if folder is not None:
-        try:
-            return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, model_max_length=length)
-        except (OSError, ValueError) as error:
-            raise ModelFileError(
-                f"{folder.parent.name} has a tokenizer that cannot be read ({error}): download it again."
-            ) from error
-    shipped = CONFIGS / "tokenizer"
-    return CLIPTokenizer(
-        str(shipped / "vocab.json"),
-        str(shipped / "merges.txt"),
-        model_max_length=length,
-        # OpenCLIP's encoder (SD2), which is told by its activation, was trained on id 0 behind the end of the text
-        pad_token="!" if text_encoder.get("hidden_act") == "gelu" else "<|endoftext|>",
-    )
-
-
-def build_unet(config: Mapping[str, Any]) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return _from_config(UNet2DConditionModel, config)
-
-
-def build_vae(config: Mapping[str, Any]) -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    return _from_config(AutoencoderKL, config)
-
-
-def _from_config(model_class: Any, config: Mapping[str, Any]) -> nn.Module:
-    module: nn.Module = model_class.from_config(dict(config))
-    return module
-
-
-def build_text_encoder(config: Mapping[str, Any]) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
-
-
-def assemble(
-    build: Callable[[], nn.Module], weights: Mapping[str, Tensor], dtype: torch.dtype, source: str
-) -> nn.Module:
-    """The module that ``build`` makes, with ``weights`` as its parameters; nothing is initialised or copied in vain.
-
-    Weights that have ``dtype`` already stay where they are, in the mapped file. Raises ModelFileError naming
-    ``source`` unless keys and shapes fit exactly.
-    """
-    with torch.device("meta"):
-        module = build()
-    expected = module.state_dict()
-    # transformers before 5.6 keeps CLIP's text tower in an inner module
-    wrapper = "text_model." if any(key.startswith("text_model.") for key in expected) else ""
-    state = {wrapper + key: tensor for key, tensor in weights.items()}
-    # persistent in transformers before 4.31
-    buffers = {name for name, _ in module.named_buffers()}
-    _check_keys(expected.keys() - buffers, state.keys(), source)
-    fitted = {key: _fit(tensor, expected[key].shape, dtype, key, source) for key, tensor in state.items()}
-    module.load_state_dict(fitted, strict=False, assign=True)
-    _make_position_ids(module)
-    left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
-    assert not left, f"without a value: {left}"
-    return module.eval().requires_grad_(False)
-
-
-def _check_keys(expected: set[str], found: Any, source: str) -> None:
-    missing, unexpected = sorted(expected - set(found)), sorted(set(found) - expected)
-    if missing or unexpected:
-        complaints = [
-            f"{len(keys)} weights are {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-            for what, keys in (("missing", missing), ("unexpected", unexpected))
-            if keys
-        ]
+def _family_of(found: Found, family: str | None) -> Family:
+    """That of a file without configs of its own."""
+    if family is not None:
+        return FAMILIES[family]
+    if not found.family and found.native and found.header is not None:
         raise ModelFileError(
-            f"{source} does not fit its configuration: {' and '.join(complaints)}; choose another model, or put the"
-            " right configs beside it."
+            f"{found.name} has a UNet of an unusual size: put a folder with its diffusers configs beside it, named"
+            f" {found.header.path.stem}{CONFIG_SUFFIX}, or set its family."
         )
+    if found.family not in FAMILIES:
+        raise _refusal(found)
+    return FAMILIES[found.family]
 
 
-def _fit(tensor: Tensor, shape: torch.Size, dtype: torch.dtype, key: str, source: str) -> Tensor:
-    if tensor.dtype not in DTYPES.values():
-        raise ModelFileError(f"{source} stores {key} as {tensor.dtype}, a quantised format that cannot be used here.")
-    # linear layers used to be 1x1 convolutions: [C, C, 1, 1] for [C, C], and the other way round
-    if tensor.shape != shape and _without_ones(tensor.shape) == _without_ones(shape):
-        tensor = tensor.reshape(shape)
-    if tensor.shape != shape:
-        raise ModelFileError(
-            f"{source} does not fit its configuration: {key} is {_text(tensor.shape)} where {_text(shape)} belongs;"
-            " choose another model, or put the right configs beside it."
-        )
-    return tensor.to(dtype)
+def _shipped_config(found: Found, family: Family, prediction_type: str | None) -> Path:
+    name = family.choose_config(found, prediction_type)
+    if name is None:
+        raise _refusal(found)
+    return shipped(name)
 
 
-def _without_ones(shape: Sequence[int]) -> list[int]:
-    return [side for side in shape if side != 1]
-
-
-def _text(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _make_position_ids(module: nn.Module) -> None:
-    """CLIP's only buffer, 0..76: files hold it sometimes, and then sometimes rounded to half precision."""
-    for inner in module.modules():
-        ids = inner._buffers.get("position_ids")
-        if ids is not None:
-            inner._buffers["position_ids"] = torch.arange(ids.shape[-1]).expand(1, -1)
-
-
-def _assemble(name: str, configs: Configs, weights: Weights, host: Host, prediction_type: str | None) -> DiffusersModel:
-    facts = _facts(name, configs, prediction_type)
-    width = int(configs.text_encoder["hidden_size"])
-    embedding_key = "clip_h" if width == 1024 else "clip_l"
-    unet, vae, text_encoder = (
-        host.manage(assemble(partial(build, config), state, host.dtype(role), f"{name} ({part})"), role)
-        for part, build, config, state, role in (
-            ("unet", build_unet, configs.unet, weights.unet, Role.DENOISER),
-            ("vae", build_vae, configs.vae, weights.vae, Role.VAE),
-            ("text encoder", build_text_encoder, configs.text_encoder, weights.text_encoder, Role.TEXT_ENCODER),
-        )
-    )
-    return StableDiffusionModel(
-        facts,
-        tokenizer=load_tokenizer(configs.tokenizer, configs.text_encoder),
-        text_encoder=text_encoder,
-        denoiser=unet,
-        vae=vae,
-        find_embedding=folder_embeddings(host.model_folders("embeddings"), width, embedding_key),
-        host=host,
-    )
-
-
-def _facts(name: str, configs: Configs, prediction_type: str | None) -> ModelFacts:
-    scheduler = dict(configs.scheduler)
-    if prediction_type is not None:
-        scheduler["prediction_type"] = prediction_type
-    if scheduler.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
-        raise ModelFileError(
-            f"{name} predicts {scheduler['prediction_type']!r}, which cannot be used here; supported are"
-            f" {', '.join(PREDICTION_TYPES)}."
-        )
-    downscale = 2 ** (len(configs.vae["block_out_channels"]) - 1)
-    return ModelFacts(
-        name=name,
-        conditioning=Conditioning.CONCAT if configs.unet["in_channels"] == 9 else Conditioning.REPLACE,
-        native_size=configs.unet["sample_size"] * downscale,
-        scheduler_config=scheduler,
-        latent_channels=configs.vae["latent_channels"],
-        downscale=downscale,
-    )
-
-
-def _folder_weights(folder: Path, host: Host) -> Weights:
-    vae = _read_component(folder / "vae", VAE_STEM, host.dtype(Role.VAE))
-    text = _read_component(folder / "text_encoder", TEXT_ENCODER_STEM, host.dtype(Role.TEXT_ENCODER))
-    return Weights(
-        unet=_read_component(folder / "unet", UNET_STEM, host.dtype(Role.DENOISER)),
-        vae={_modern_vae_key(key): tensor for key, tensor in vae.items()},
-        text_encoder=_text_state(text),
-    )
-
-
-def _read_component(folder: Path, stem: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype)
-    chosen = choose_weights(names, stem, [*([half] if half else []), "", "fp16", "bf16"])
-    if chosen is None:
-        raise ModelFileError(_no_weights(folder, stem, names))
-    return {key: tensor for name in chosen for key, tensor in read_weights(folder / name).items()}
-
-
-def _no_weights(folder: Path, stem: str, names: Sequence[str]) -> str:
-    model, part = folder.parent.name, folder.name
-    pickle = next((name for name in names if name.endswith(PICKLE_SUFFIXES)), None)
-    if pickle is not None:
-        return (
-            f"{model} has only {part}/{pickle}, a pickle, which can run code when opened: download a version of the"
-            " model with .safetensors files."
-        )
-    if any("-of-" in name and name.endswith(".safetensors") for name in names):
-        return f"{model} lacks some of the numbered files of {part}/{stem}: download the whole folder."
-    return f"{model} has no {part}/{stem}.safetensors: download the whole folder."
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, mapped into memory and not yet read."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    read_header(path)  # names a damaged file before anything else does
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelFileError(f"{path.name} cannot be read ({error}): download it again.") from error
-
-
-def _checkpoint_weights(checkpoint: Checkpoint, configs: Configs) -> Weights:
-    state = read_weights(checkpoint.header.path)
-    unet = ldm.component(state, ldm.UNET_PREFIX)
-    vae = ldm.component(state, ldm.VAE_PREFIX)
-    vae = {key: tensor for key, tensor in vae.items() if not key.startswith(_UNUSED_VAE_PREFIXES)}
-    if checkpoint.text_layout is TextLayout.OPEN_CLIP:
-        text = ldm.convert_open_clip(ldm.component(state, ldm.OPEN_CLIP_PREFIX), configs.text_encoder)
+def _refusal(found: Found) -> ModelFileError:
+    """Names what was found, what is supported and, where there is one, the way to use it all the same."""
+    what = f"{found.name} is {found.what}"
+    if found.way_out:
+        return ModelFileError(f"{what}: {found.way_out}.")
+    if found.quantised:
+        what += " with quantised weights"
+    if not (found.native or found.quantised):
+        connector = " and cannot be used here" if found.kind is Kind.MODEL else ""
+        return ModelFileError(f"{what}{connector}; supported are {supported()}.")
+    if found.header is None:
+        own = "load its single-file version with ComfyUI's own nodes"
+    elif found.header.has_prefix("first_stage_model.", "vae."):
+        own = "load it with ComfyUI's Load Checkpoint"
     else:
-        text = ldm.component(state, ldm.CLIP_PREFIX)
-    return Weights(
-        unet=ldm.convert(unet, ldm.unet_names(configs.unet)),
-        vae=ldm.convert(vae, ldm.vae_names(configs.vae)),
-        text_encoder=_text_state(text),
+        own = "load it with ComfyUI's Load Diffusion Model, Load CLIP and Load VAE"
+    return ModelFileError(
+        f"{what}, which is not loaded here (supported are {supported()}): {own} and connect that to Wrap Model (Mend)."
     )
 
 
-def _text_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    plain = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
-    return {key: tensor for key, tensor in plain.items() if key not in _UNUSED_TEXT_KEYS}
+def _scheduler_config(folder: Path) -> dict[str, Any]:
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        raise ModelFileError(f"{folder.name} has no scheduler/scheduler_config.json: download the whole folder.")
+    return read_json(path)
 
 
-def _modern_vae_key(key: str) -> str:
-    block, _, weight = key.rpartition(".")
-    parent, _, layer = block.rpartition(".")
-    if parent.endswith("attentions.0") and layer in _OLD_VAE_ATTENTION:
-        return f"{parent}.{_OLD_VAE_ATTENTION[layer]}.{weight}"
-    return key
+def _check_complete(model: Model, files: Mapping[str, PartFile]) -> None:
+    for part in model.family.parts:
+        if part.optional or part.name in files or model.source.has(part):
+            continue
+        way_out = "choose a VAE file for it" if part.role is Role.VAE else "choose its file as a text encoder"
+        raise ModelFileError(
+            f"{model.name} holds a {model.family.denoiser.label} but no {part.label}: {way_out}, a full checkpoint, or"
+            " its diffusers folder."
+        )
+
+
+def _text_encoder_files(model: Model, configs: Mapping[str, Config], paths: Sequence[Path]) -> dict[Part, PartFile]:
+    """Each file for the text encoder of the model whose architecture, width and, between equals, depth it has."""
+    taken: dict[Part, PartFile] = {}
+    for path in paths:
+        found = recognise(path)
+        encoder = found.text_encoder
+        if encoder is None or found.quantised:
+            raise ModelFileError(
+                f"{path.name} is {found.what}{' with quantised weights' if found.quantised else ''}, where a text"
+                f" encoder in .safetensors belongs: choose one for {model.family.title}."
+            )
+        fitting = [
+            part
+            for part in model.family.text_encoders
+            if part not in taken
+            and part.kind.startswith(encoder.architecture)
+            and _width(configs[part.name]) == encoder.width
+        ]
+        fitting.sort(key=lambda part: _layers(configs[part.name]) != encoder.layers)
+        if not fitting:
+            wanted = ", ".join(
+                f"{part.kind.split('_')[0]} of width {_width(configs[part.name])}"
+                for part in model.family.text_encoders
+                if part not in taken
+            )
+            raise ModelFileError(
+                f"{path.name} is a {encoder.architecture} text encoder of width {encoder.width}, which"
+                f" {model.family.title} does not read; it reads {wanted or 'no more than the others that were given'}."
+            )
+        taken[fitting[0]] = PartFile(path.name, configs[fitting[0].name], read_weights(path))
+    return taken
+
+
+def _width(text_encoder: Config) -> int:
+    return int(text_encoder.get("hidden_size") or text_encoder.get("d_model", 0))
+
+
+def _layers(text_encoder: Config) -> int:
+    return int(text_encoder.get("num_hidden_layers") or text_encoder.get("num_layers", 0))
+
+
+def _vae_file(model: Model, config: Config, path: Path, host: Host) -> PartFile:
+    part = next(part for part in model.family.parts if part.role is Role.VAE)
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        own = read_json(folder / "config.json")
+        if own.get("_class_name", part.kind) != part.kind:
+            raise ModelFileError(f"{path.name} is a VAE of type {own['_class_name']}; supported is {part.kind}.")
+        for key in ("latent_channels", "scaling_factor"):
+            if own.get(key, config.get(key)) != config.get(key):
+                raise ModelFileError(
+                    f"{path.name} is the VAE of another family ({key} is {own[key]} where {model.family.title} has"
+                    f" {config.get(key)}): choose one that belongs to {model.name}."
+                )
+        return PartFile(path.name, {**config, **own}, read_component(folder, part.stem, host.dtype(Role.VAE)))
+    found = recognise(path)
+    assert found.header is not None
+    # a checkpoint's will do too
+    prefixes = (found.prefix,) if found.kind is Kind.VAE else part.prefixes
+    prefix = next((prefix for prefix in prefixes if found.header.has_prefix(f"{prefix}decoder.")), None)
+    if prefix is None:
+        raise ModelFileError(f"{path.name} is {found.what}, where a VAE belongs: choose one for {model.family.title}.")
+    channels = (found.header.shape(f"{prefix}decoder.conv_in.weight") or (0, 0))[1]
+    if channels != config["latent_channels"]:
+        raise ModelFileError(
+            f"{path.name} is a VAE of {channels} channels where {model.family.title} has {config['latent_channels']}:"
+            f" choose one that belongs to {model.name}."
+        )
+    return PartFile(path.name, config, ldm.component(read_weights(path), prefix))
+
+
+def _assemble(model: Model, part: Part, config: Config, file: PartFile | None, host: Host) -> nn.Module:
+    dtype = part.precision(config, host.dtype(part.role))
+    state = model.source.read(part, dtype) if file is None else file.state
+    name = model.name if file is None else file.name
+    return assemble(partial(part.build, config), part.read(state, config), dtype, f"{name} ({part.name})")
 
 
 def _config_beside(path: Path) -> Path | None:

@@ -1,6 +1,7 @@
 """What lies on disk: safetensors headers, config files and the weight files of a diffusers folder.
 
-Only headers and JSON are read here, so everything takes milliseconds whatever the size of the file.
+Only headers and JSON are read here and weights are mapped into memory, so everything takes milliseconds whatever the
+size of the file.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ _FOREIGN = (
     (b"PK\x03\x04", f"is a PyTorch pickle archive, which can run code when opened: {SAFE_COPY}"),
     (b"\x80", f"is a Python pickle, which can run code when opened: {SAFE_COPY}"),
     (b"version https://git-lfs", "is a Git LFS pointer, not the model itself: fetch it with `git lfs pull`"),
-    (b"GGUF", "is a GGUF file: load it with a GGUF loader, or get the .safetensors version of this model"),
+    (
+        b"GGUF",
+        "is a GGUF file: load it with a GGUF loader's node and connect its MODEL to Wrap Model (Mend), or get the"
+        " .safetensors version of this model",
+    ),
     (b"<", "is a web page, probably an error or a login page saved under this name: download the model again"),
     (b'{"error', "is an error message from a web server saved under this name: download the model again"),
 )
@@ -194,3 +199,38 @@ def choose_weights(names: Iterable[str], stem: str, variants: Sequence[str]) -> 
         if variant in complete:
             return complete[variant]
     return None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, mapped into memory and not yet read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    read_header(path)  # names a damaged file before anything else does
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelFileError(f"{path.name} cannot be read ({error}): download it again.") from error
+
+
+def read_component(folder: Path, stem: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of one folder of a diffusers pipeline, those closest to ``dtype`` where there is a choice."""
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype)
+    chosen = choose_weights(names, stem, [*([half] if half else []), "", "fp16", "bf16"])
+    if chosen is None:
+        raise ModelFileError(_no_weights(folder, stem, names))
+    return {key: tensor for name in chosen for key, tensor in read_weights(folder / name).items()}
+
+
+def _no_weights(folder: Path, stem: str, names: Sequence[str]) -> str:
+    model, part = folder.parent.name, folder.name
+    pickle = next((name for name in names if name.endswith(PICKLE_SUFFIXES)), None)
+    if pickle is not None:
+        return (
+            f"{model} has only {part}/{pickle}, a pickle, which can run code when opened: download a version of the"
+            " model with .safetensors files."
+        )
+    if any("-of-" in name and name.endswith(".safetensors") for name in names):
+        return f"{model} lacks some of the numbered files of {part}/{stem}: download the whole folder."
+    return f"{model} has no {part}/{stem}.safetensors: download the whole folder."

@@ -452,8 +452,8 @@ def test_incomplete_repositories_are_refused(hub, tmp_path, gone, message):
 
 def test_another_family_is_refused_before_its_weights_arrive(hub, tmp_path):
     config = json.loads(hub.files["unet/config.json"])
-    hub.files["unet/config.json"] = json.dumps({**config, "addition_embed_type": "text_time"}).encode()
-    with pytest.raises(ModelFileError, match=r"^author/tiny is an SDXL model"):
+    hub.files["unet/config.json"] = json.dumps({**config, "class_embed_type": "projection"}).encode()
+    with pytest.raises(ModelFileError, match=r"^author/tiny is an unCLIP model"):
         pull("author/tiny", tmp_path)
     assert hub.served("cdn") == []
 

@@ -1,0 +1,14 @@
+"""The families that can be loaded."""
+
+from __future__ import annotations
+
+from .family import Family
+from .stable_diffusion import SD1, SD2
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, SD2)}
+"""By name."""
+
+
+def supported() -> str:
+    """For messages."""
+    return ", ".join(family.title for family in FAMILIES.values())
