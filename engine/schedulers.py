@@ -188,6 +188,8 @@ class DiffusersSchedule(Schedule):
         self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         if hasattr(scheduler, "is_scale_input_called"):  # we scale by our own table; keeps it from warning
             scheduler.is_scale_input_called = True
+        if hasattr(scheduler, "multistep_uni_c_bh_update"):
+            correct_only_predicted(scheduler)
 
     def step(self, output: Tensor, index: int, latents: Tensor, generators: Generators) -> Tensor:
         options = dict(self._step_options)
@@ -199,6 +201,26 @@ class DiffusersSchedule(Schedule):
 
     def _kept_level(self, index: int) -> Level:
         return super()._kept_level(index) if self._kept is None else self._kept[index + 1]
+
+
+def correct_only_predicted(scheduler: Any) -> None:
+    """Keep UniPC from undoing what is done to a state between two steps.
+
+    Its corrector takes the last step once more, from where that began. Of cells that were put back to the picture in
+    between it would make what they were had they been free all along, and a soft mask would be let go with that.
+    """
+    predict, correct = scheduler.multistep_uni_p_bh_update, scheduler.multistep_uni_c_bh_update
+    predicted: Tensor
+
+    def remember(*args: Any, **options: Any) -> Tensor:
+        nonlocal predicted
+        predicted = predict(*args, **options)
+        return predicted
+
+    def correct_untouched(*args: Any, this_sample: Tensor, **options: Any) -> Tensor:
+        return torch.where(this_sample == predicted, correct(*args, this_sample=this_sample, **options), this_sample)
+
+    scheduler.multistep_uni_p_bh_update, scheduler.multistep_uni_c_bh_update = remember, correct_untouched
 
 
 class _WarmLmsSchedule(DiffusersSchedule):

@@ -194,6 +194,24 @@ def solver_error(name, strength, compat=Compat.OFF, steps=25, config=SD15_SCHEDU
     return float((final - exact).square().mean().sqrt()), schedule.evaluations
 
 
+@pytest.mark.parametrize("name", [name for name, spec in SCHEDULERS.items() if not spec.stochastic])
+def test_cells_let_go_late_end_where_a_run_that_starts_there_ends(name):
+    """What a solver remembers of the steps before does not count in them: a soft mask sets states back in between."""
+    predict = gaussian_network(trained_alphas_cumprod())
+    noise, clean = torch.randn(1, 256, generator=seeded(1)), 3 + MEAN.float()[None]
+    whole = plan(name, SD15_SCHEDULER, 40, 1.0)
+    part = plan(name, SD15_SCHEDULER, 40, 0.5)
+    state = whole.start(noise, clean)
+    for index in range(whole.evaluations):
+        if index <= whole.evaluations - part.evaluations:
+            state = whole.levels[index].mix(clean, noise)
+        state = whole.step(predict(whole.scale(state, index), whole.timesteps[index]), index, state, seeded(0))
+    alone = part.start(noise, clean)
+    for index in range(part.evaluations):
+        alone = part.step(predict(part.scale(alone, index), part.timesteps[index]), index, alone, seeded(0))
+    assert float((state - alone).abs().max()) < 0.1
+
+
 @pytest.mark.parametrize(
     ("name", "strength", "factor"),
     [("PNDM", 0.8, 4), ("PNDM", 0.6, 5), ("PNDM", 0.3, 6), ("KLMS", 0.8, 50), ("KLMS", 0.6, 40), ("KLMS", 0.3, 6)],
