@@ -48,6 +48,9 @@ class DiffusersModel(ABC):
     Families differ in how a prompt is encoded and in what their network reads: ``_encode`` and ``_denoise``.
     """
 
+    notices: tuple[str, ...] = ()
+    """What should be known of how it was loaded."""
+
     def __init__(self, facts: ModelFacts, *, denoiser: ManagedModule, vae: ManagedModule, host: Host) -> None:
         config: Any = vae.module.config
         self.facts = replace(facts, latent_format=latent_format(config))

@@ -23,6 +23,7 @@ from .detect import SHIPPED, Found, Kind, is_pipeline_folder, recognise, recogni
 from .diffusers_model import DiffusersModel
 from .families import FAMILIES, supported
 from .family import Components, Config, Family, LoadOptions, Part, State, shipped
+from .lora import Lora, LoraStack, Network
 from .modules import assemble
 from .weight_files import Header, read_component, read_json, read_weights
 
@@ -114,6 +115,7 @@ def load_model(
     prediction_type: str | None = None,
     vae: Path | None = None,
     text_encoders: Sequence[Path] = (),
+    loras: Sequence[Lora] = (),
     options: LoadOptions | None = None,
 ) -> DiffusersModel:
     """The model at ``path``: a diffusers folder, a .safetensors checkpoint, or a file of the denoiser alone.
@@ -123,8 +125,9 @@ def load_model(
     ``family`` (a key of ``families.FAMILIES``) and ``prediction_type`` ("epsilon", "v_prediction") override what the
     configs or the weights say. ``vae`` takes the place of the model's: a .safetensors file of any layout, a checkpoint
     that holds one, or a diffusers folder. ``text_encoders`` are files for those that the model lacks or is to swap, in
-    any order. The host chooses the precision. Raises ModelFileError for everything that is not such a model, naming
-    what it is, and InputError for options that do not exist.
+    any order. ``loras`` are added to the weights, see LoraStack; what found no place is in the model's ``notices``. The
+    host chooses the precision. Raises ModelFileError for everything that is not such a model, naming what it is, and
+    InputError for options that do not exist.
     """
     if family is not None and family not in FAMILIES:
         raise InputError(f"family is {family!r}; choose from {', '.join(FAMILIES)}.")
@@ -138,15 +141,16 @@ def load_model(
         scheduler["prediction_type"] = prediction_type
     model.family.check_scheduler(model.name, scheduler)
     _check_complete(model, files)
-    modules = {}
+    modules, stack = {}, LoraStack(loras, model.name)
     for part in model.family.parts:
         file = files.get(part.name)
         if file is not None:
             configs[part.name] = file.config
         elif not model.source.has(part):
             continue
-        modules[part.name] = host.manage(_assemble(model, part, configs[part.name], file, host), part.role)
-    return model.family.make(
+        modules[part.name] = host.manage(_assemble(model, part, configs[part.name], file, stack, host), part.role)
+    notices = stack.finish()
+    made = model.family.make(
         Components(
             name=model.name,
             modules=modules,
@@ -157,6 +161,8 @@ def load_model(
             options=options or LoadOptions(),
         )
     )
+    made.notices = notices
+    return made
 
 
 def find_parts(
@@ -356,11 +362,14 @@ def _vae_file(model: Model, config: Config, path: Path, host: Host) -> PartFile:
     return PartFile(path.name, config, ldm.component(read_weights(path), prefix))
 
 
-def _assemble(model: Model, part: Part, config: Config, file: PartFile | None, host: Host) -> nn.Module:
+def _assemble(
+    model: Model, part: Part, config: Config, file: PartFile | None, stack: LoraStack, host: Host
+) -> nn.Module:
     dtype = part.precision(config, host.dtype(part.role))
     state = model.source.read(part, dtype) if file is None else file.state
     name = model.name if file is None else file.name
-    return assemble(partial(part.build, config), part.read(state, config), dtype, f"{name} ({part.name})")
+    weights = stack.fuse(Network(part.name, part.read(state, config), config, dtype))
+    return assemble(partial(part.build, config), weights, dtype, f"{name} ({part.name})")
 
 
 def _config_beside(path: Path) -> Path | None:

@@ -47,7 +47,7 @@ class Lora:
         if self.text_strength is not None:
             check_range("text_strength", self.text_strength, -MAX_STRENGTH, MAX_STRENGTH)
 
-    def strength_of(self, target: Target | None) -> float:
+    def strength_of(self, target: Target) -> float:
         if target is Target.DENOISER or self.text_strength is None:
             return self.strength
         return self.text_strength
@@ -95,6 +95,8 @@ class LoraStack:
         ModelFileError for a layer whose shape is not the network's.
         """
         target = Target.of(network.name)
+        if target is None or not self._files:
+            return dict(network.weights)
         places = _places(network)
         changes: dict[Layers, list[_Change]] = defaultdict(list)
         for (lora, file), placed in zip(self._files, self._placed, strict=True):
