@@ -7,23 +7,25 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..host import Host, ManagedModule
-from ..prompts import EmbeddingFinder, encode_prompts
+from ..memory import MIB, Form, Forms, halved, slice_attention
+from ..prompts import LAST_LAYER, EmbeddingFinder, TextLayer, encode_prompts
 from ..schedulers import Level
 from ..types import Size
 from .protocol import Canvas, Conditioning, Denoiser, Guidance, ModelFacts, Posterior, PromptSyntax
+from .tiled_vae import TiledVae
 
-MIB = 2**20
-DENOISER_BYTES = 1.5 * 65 * MIB / (512 * 512 * 2)
-"""Activations of the denoiser per sample, pixel and byte of precision: 1.5 times the live tensors of SD 1.5."""
 VAE_ENCODE_BYTES = 1767
 VAE_DECODE_BYTES = 2178
-"""Activations of the VAE per pixel and byte of precision."""
+"""Activations of the VAE per pixel and byte of precision, where its first two levels have VAE_CHANNELS in all."""
+VAE_CHANNELS = 128 + 256
+BAND_BYTES = (256 * MIB, 64 * MIB, 16 * MIB)
+"""Activations of a band, where the VAE runs in bands."""
 RESERVE = 300 * MIB
 """Left alone when a batch is sized: kernels' workspaces and the allocator's slack."""
 REMEMBERED_PROMPTS = 16
@@ -41,6 +43,12 @@ class Embedding:
     pooled: Tensor | None = None
     """[1, width]: the whole prompt as one vector, for networks that read one."""
 
+    def zeros(self) -> Embedding:
+        """What stands for no prompt at all."""
+        return Embedding(
+            torch.zeros_like(self.tokens), None if self.pooled is None else torch.zeros_like(self.pooled)
+        )
+
 
 class DiffusersModel(ABC):
     """An InpaintModel made of text encoders, a denoising network and an AutoencoderKL.
@@ -50,6 +58,9 @@ class DiffusersModel(ABC):
 
     notices: tuple[str, ...] = ()
     """What should be known of how it was loaded."""
+    denoiser_bytes: ClassVar[float] = 1.5 * 65 * MIB / (512 * 512 * 2)
+    """Activations of the denoiser per sample, pixel and byte of precision: 1.5 times the tensors alive at once; here
+    Stable Diffusion's."""
 
     def __init__(self, facts: ModelFacts, *, denoiser: ManagedModule, vae: ManagedModule, host: Host) -> None:
         config: Any = vae.module.config
@@ -69,8 +80,12 @@ class DiffusersModel(ABC):
     def _denoise(self, rows: Rows, timestep: Tensor, embedding: Embedding) -> Tensor:
         """The network's output [N, C, h, w] in float32 for one branch."""
 
-    def encode_prompt(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[Embedding]:
+    def encode_prompt(self, prompts: Sequence[str | None], syntax: PromptSyntax) -> list[Embedding]:
         """See InpaintModel. Recent prompts are remembered, so that a new seed does not reload the text encoder."""
+        embeddings = self._remembered([prompt or "" for prompt in prompts], syntax)
+        return [e.zeros() if prompt is None else e for prompt, e in zip(prompts, embeddings, strict=True)]
+
+    def _remembered(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[Embedding]:
         unknown = [p for p in dict.fromkeys(prompts) if (p, syntax) not in self._prompts]
         fresh = dict(zip(unknown, self._encode(unknown, syntax), strict=True)) if unknown else {}
         result = [fresh[p] if p in fresh else self._prompts[p, syntax] for p in prompts]
@@ -83,23 +98,27 @@ class DiffusersModel(ABC):
         return result
 
     def encode_image(self, pixels: Tensor) -> Posterior:
-        def encode(part: Tensor) -> Tensor:
-            distribution = self.vae.module.encode(part).latent_dist  # type: ignore[operator]
+        vae: Any = self.vae.module
+
+        def encode(part: Tensor, bands: TiledVae | None) -> Tensor:
+            distribution = vae.encode(part).latent_dist if bands is None else bands.encode(part)
             return torch.stack([distribution.mean, distribution.std]).float()
 
-        per_row = VAE_ENCODE_BYTES * pixels.shape[-2] * pixels.shape[-1] * self.vae.dtype.itemsize
-        mean, std = torch.cat(self._in_parts(self.vae, per_row, encode, (pixels,)), dim=1)
+        size = Size(pixels.shape[-1], pixels.shape[-2])
+        mean, std = torch.cat(self._through_vae("encode", size, VAE_ENCODE_BYTES, encode, pixels), dim=1)
         return Posterior((mean - self._shift_factor) * self._scaling_factor, std * self._scaling_factor)
 
     def decode(self, latents: Tensor) -> Tensor:
-        def decode(part: Tensor) -> Tensor:
-            # many finished pictures are too large to wait for each other beside the network
-            return self.vae.module.decode(part, return_dict=False)[0].float().cpu()  # type: ignore[operator]
+        vae: Any = self.vae.module
 
-        area = latents.shape[-2] * latents.shape[-1] * self.facts.downscale**2
-        per_row = VAE_DECODE_BYTES * area * self.vae.dtype.itemsize
+        def decode(part: Tensor, bands: TiledVae | None) -> Tensor:
+            pixels = vae.decode(part, return_dict=False)[0] if bands is None else bands.decode(part)
+            # many finished pictures are too large to wait for each other beside the network
+            return pixels.float().cpu()
+
+        size = Size(latents.shape[-1] * self.facts.downscale, latents.shape[-2] * self.facts.downscale)
         raw = latents / self._scaling_factor + self._shift_factor
-        return torch.cat(self._in_parts(self.vae, per_row, decode, (raw,)))
+        return torch.cat(self._through_vae("decode", size, VAE_DECODE_BYTES, decode, raw))
 
     def rows_at_once(self, canvas: Size) -> int:
         """See InpaintModel: any number, each evaluation is split to fit."""
@@ -108,10 +127,12 @@ class DiffusersModel(ABC):
     def sample(
         self, canvas: Canvas, levels: Sequence[Level], guidance: Guidance, loop: Callable[[Denoiser], Tensor]
     ) -> Tensor:
-        """See InpaintModel. Splits the batch where memory is short."""
+        """See InpaintModel. Splits the batch, and the two branches of guidance, where memory is short."""
+        forms = self._denoiser_forms(len(canvas.noise), canvas.size, guidance)
 
         def denoiser(state: Tensor, timestep: Tensor, level: Level) -> Tensor:
-            return self._predict(self._rows(state, canvas), timestep, guidance)
+            rows = self._rows(state, canvas)
+            return forms.run(lambda form: self._predict(rows, timestep, guidance, form, forms.failed))
 
         return loop(denoiser)
 
@@ -122,36 +143,82 @@ class DiffusersModel(ABC):
         assert canvas.masked_image is not None
         return (torch.cat([state, canvas.expand(canvas.mask), canvas.expand(canvas.masked_image)], dim=1),)
 
-    def _predict(self, rows: Rows, timestep: Tensor, guidance: Guidance) -> Tensor:
-        area = rows[0].shape[-2] * rows[0].shape[-1] * self.facts.downscale**2
-        branches = 1 if guidance.negative is None else 2
-        per_row = int(DENOISER_BYTES * area * self.denoiser.dtype.itemsize) * branches
+    def _predict(self, rows: Rows, timestep: Tensor, guidance: Guidance, form: Form, failed: int = 0) -> Tensor:
+        """One evaluation of a whole batch, after so many larger forms of it ``failed``."""
+        size = Size(*(side * self.facts.downscale for side in (rows[0].shape[-1], rows[0].shape[-2])))
 
         def guided(*part: Tensor) -> Tensor:
-            return self._guided(part, timestep, guidance)
+            return self._guided(part, timestep, guidance, apart=form.apart)
 
-        return torch.cat(self._in_parts(self.denoiser, per_row, guided, rows))
+        # an estimate that failed was too low: leave more room for each row
+        needed = self._sample_bytes(size) * (1 if form.apart else _branches(guidance)) << failed
+        return torch.cat(self._in_parts(self.denoiser, needed, form.rows, guided, rows))
 
-    def _guided(self, rows: Rows, timestep: Tensor, guidance: Guidance) -> Tensor:
-        """Classifier-free guidance: u + scale * (c - u), both branches in one batch where their prompts are as long."""
+    def _denoiser_forms(self, rows: int, size: Size, guidance: Guidance) -> Forms:
+        per_sample, branches = self._sample_bytes(size), _branches(guidance)
+        device = self.denoiser.load(per_sample * branches + RESERVE)
+        slice_attention(self.denoiser.module, device)
+        fitting = (self._host.free_memory() - RESERVE) // per_sample
+        forms = halved(min(rows, fitting // branches)) if fitting >= branches else []
+        if branches == 2 or not forms:
+            forms.append(Form(1, apart=branches == 2))
+        return Forms(forms, f"paint {size}")
+
+    def _sample_bytes(self, size: Size) -> int:
+        return int(self.denoiser_bytes * size.width * size.height * self.denoiser.dtype.itemsize)
+
+    def _guided(self, rows: Rows, timestep: Tensor, guidance: Guidance, apart: bool = False) -> Tensor:
+        """Classifier-free guidance: u + scale * (c - u), both branches in one batch unless one prompt is longer or they
+        are kept ``apart``."""
         positive, negative = guidance.positive, guidance.negative
         if negative is None:
             return self._denoise(rows, timestep, positive)
-        if positive.tokens.shape[1] == negative.tokens.shape[1]:
+        if apart or _branches(guidance) == 1:
+            unconditional = self._denoise(rows, timestep, negative)
+            conditional = self._denoise(rows, timestep, positive)
+        else:
             both = _per_branch(negative, positive, len(rows[0]))
             twice = tuple(torch.cat([row, row]) for row in rows)
             unconditional, conditional = self._denoise(twice, timestep, both).chunk(2)
-        else:
-            unconditional = self._denoise(rows, timestep, negative)
-            conditional = self._denoise(rows, timestep, positive)
         return unconditional + guidance.scale * (conditional - unconditional)
 
-    def _in_parts(
-        self, managed: ManagedModule, bytes_per_row: int, run: Callable[..., Tensor], rows: Rows
+    def _through_vae(
+        self,
+        verb: str,
+        size: Size,
+        bytes_per_pixel: float,
+        run: Callable[[Tensor, TiledVae | None], Tensor],
+        inputs: Tensor,
     ) -> list[Tensor]:
-        """``run`` over as many rows at a time as memory allows, on the module's device and in its precision."""
-        device = managed.load(bytes_per_row + RESERVE)
-        at_once = max(1, min(len(rows[0]), (self._host.free_memory() - RESERVE) // bytes_per_row))
+        """``run`` over as many rows of ``inputs`` at a time as memory allows, or over bands of each."""
+        module: Any = self.vae.module
+        channels = sum(module.config.get("block_out_channels", ())[:2]) or VAE_CHANNELS
+        per_row = int(bytes_per_pixel * size.width * size.height * self.vae.dtype.itemsize * channels / VAE_CHANNELS)
+        self.vae.load(per_row + RESERVE)
+        free = self._host.free_memory() - RESERVE
+        wholes = halved(min(len(inputs), free // per_row)) if free >= per_row else []
+        bands: list[Form] = []
+        if TiledVae.supports(module):
+            fitting = [band for band in BAND_BYTES if band <= min(per_row, free) // 2] or BAND_BYTES[-1:]
+            bands = [Form(1, band_bytes=band) for band in fitting]
+        forms = Forms(wholes + bands or [Form(1)], f"{verb} {size}")
+
+        def attempt(form: Form) -> list[Tensor]:
+            def run_part(part: Tensor) -> Tensor:
+                if not form.band_bytes:
+                    return run(part, None)
+                return run(part, TiledVae(module, part.device, form.band_bytes, self._host.check_interrupt))
+
+            needed = (form.band_bytes * 2 or per_row) << forms.failed
+            return self._in_parts(self.vae, needed, form.rows, run_part, (inputs,))
+
+        return forms.run(attempt)
+
+    def _in_parts(
+        self, managed: ManagedModule, needed: int, at_once: int, run: Callable[..., Tensor], rows: Rows
+    ) -> list[Tensor]:
+        """``run`` over so many rows at a time, on the module's device and in its precision."""
+        device = managed.load(needed + RESERVE)
         parts = []
         for part in zip(*(row.split(at_once) for row in rows), strict=True):
             self._host.check_interrupt()
@@ -172,16 +239,19 @@ class StableDiffusionModel(DiffusersModel):
         vae: ManagedModule,
         find_embedding: EmbeddingFinder,
         host: Host,
+        layer: TextLayer = LAST_LAYER,
     ) -> None:
         super().__init__(facts, denoiser=denoiser, vae=vae, host=host)
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self._find_embedding = find_embedding
+        self._layer = layer
 
     def _encode(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[Embedding]:
         device = self.text_encoder.load(RESERVE)
-        states = encode_prompts(prompts, self.tokenizer, self.text_encoder.module, device, syntax, self._find_embedding)
-        return [Embedding(state.cpu()) for state in states]
+        encoder = self.text_encoder.module
+        states = encode_prompts(prompts, self.tokenizer, encoder, device, syntax, self._find_embedding, self._layer)
+        return [Embedding(state.tokens.cpu()) for state in states]
 
     def _denoise(self, rows: Rows, timestep: Tensor, embedding: Embedding) -> Tensor:
         (latents,) = rows
@@ -198,6 +268,12 @@ def latent_format(vae_config: Mapping[str, Any]) -> str | None:
     if vae_config.get("latents_mean") is not None:
         return None
     return LATENT_FORMATS.get((vae_config["latent_channels"], round(float(vae_config["scaling_factor"]), 5)))
+
+
+def _branches(guidance: Guidance) -> int:
+    """How many rows the network reads for each picture at once."""
+    positive, negative = guidance.positive, guidance.negative
+    return 1 if negative is None or negative.tokens.shape[1] != positive.tokens.shape[1] else 2
 
 
 def _per_branch(negative: Embedding, positive: Embedding, rows: int) -> Embedding:

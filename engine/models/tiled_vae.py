@@ -96,9 +96,12 @@ class TiledVae:
             and isinstance(decoder.conv_norm_out, nn.GroupNorm)
         )
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] -> the posterior's mean and logarithm of the variance [B, 2 C, h, w], on the CPU."""
-        return torch.cat([self._encode(picture) for picture in pixels.cpu().split(1)])
+    def encode(self, pixels: Tensor) -> Any:
+        """Pixels [B, 3, H, W] -> their posterior, a diffusers DiagonalGaussianDistribution over [B, C, h, w], on the
+        CPU."""
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        return DiagonalGaussianDistribution(torch.cat([self._encode(picture) for picture in pixels.cpu().split(1)]))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> pixels [B, 3, H, W], on the CPU."""

@@ -204,7 +204,7 @@ def test_gate_rejects_whole_timesteps(nine, monkeypatch):
     model_class = type(engine_model(nine))
     original = model_class._predict
     monkeypatch.setattr(
-        model_class, "_predict", lambda self, rows, timestep, guidance: original(self, rows, timestep.round(), guidance)
+        model_class, "_predict", lambda self, rows, timestep, *rest: original(self, rows, timestep.round(), *rest)
     )
     assert rejected(theirs, ours(nine, "K_EULER"))
 
