@@ -7,6 +7,7 @@ asks for a module to be ready just before using it and sends its tensors to the 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -15,6 +16,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from .memory import is_out_of_memory
+from .types import MendError
 
 
 class Role(str, Enum):
@@ -89,6 +93,9 @@ class Host(Protocol):
         ...
 
 
+MEMORY_INFO = Path("/proc/meminfo")
+
+
 def default_device() -> torch.device:
     """The machine's accelerator when it has one, else the CPU."""
     if torch.cuda.is_available():
@@ -98,17 +105,56 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LocalModule:
-    """A module that sits on one device for good."""
+    """A module that sits on the host's device, or on the CPU while others need the room."""
 
     module: nn.Module
     dtype: torch.dtype
-    device: torch.device
+    host: LocalHost
+    resident: bool = False
 
     def load(self, activation_bytes: int) -> torch.device:
-        self.module.to(self.device)
-        return self.device
+        """See ManagedModule. Raises MendError where the weights alone do not fit."""
+        if not self.resident:
+            self.host.make_room(self, self.weight_bytes() + activation_bytes)
+            try:
+                self.module.to(self.host.device)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise MendError(
+                    f"The weights of a {type(self.module).__name__} do not fit into the memory of {self.host.device}:"
+                    " load the model in a smaller precision, or run it on the CPU."
+                ) from error
+            self.resident = True
+        else:
+            self.host.make_room(self, activation_bytes)
+        return self.host.device
+
+    def leave(self) -> None:
+        """Go to the CPU."""
+        self.module.to("cpu")
+        self.resident = False
+
+    def weight_bytes(self) -> int:
+        """Of parameters and buffers."""
+        return sum(tensor.nbytes for tensor in (*self.module.parameters(), *self.module.buffers()))
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether ``device`` has arithmetic for it, and not only a number format."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def available_ram() -> int:
+    """Bytes of main memory that are to be had without swapping; a modest guess where that cannot be known."""
+    try:
+        lines = MEMORY_INFO.read_text().splitlines()
+    except OSError:
+        return 4 * 2**30
+    values = {name: value for name, _, value in (line.partition(":") for line in lines)}
+    return int(values["MemAvailable"].split()[0]) * 1024
 
 
 @dataclass
@@ -142,26 +188,46 @@ class LocalHost:
 
     device: torch.device = field(default_factory=default_device)
     weights_dtype: torch.dtype | None = None
-    """None: float16 on an accelerator, float32 on the CPU."""
+    """None: float32 on the CPU; on an accelerator float16, and for the VAE, which overflows in it, bfloat16 where the
+    device computes in it and else float32."""
     folders: dict[str, list[Path]] = field(default_factory=dict)
     show_progress: bool = False
     name: str = "local"
+    _managed: weakref.WeakSet[LocalModule] = field(default_factory=weakref.WeakSet, repr=False, compare=False)
 
     def dtype(self, role: Role) -> torch.dtype:
         if self.weights_dtype is not None:
             return self.weights_dtype
-        return torch.float32 if self.device.type == "cpu" else torch.float16
+        if self.device.type == "cpu":
+            return torch.float32
+        if role is Role.VAE:
+            return torch.bfloat16 if computes_in_bfloat16(self.device) else torch.float32
+        return torch.float16
 
     def manage(self, module: nn.Module, role: Role) -> LocalModule:
         dtype = next((p.dtype for p in module.parameters()), torch.float32)
-        return LocalModule(module.eval(), dtype, self.device)
+        managed = LocalModule(module.eval(), dtype, self)
+        self._managed.add(managed)
+        return managed
+
+    def make_room(self, module: LocalModule, needed: int) -> None:
+        """Send other modules to the CPU, the largest first, until ``needed`` bytes are free."""
+        if self.device.type == "cpu":
+            return
+        others = [other for other in self._managed if other.resident and other is not module]
+        for other in sorted(others, key=LocalModule.weight_bytes, reverse=True):
+            if self.free_memory() >= needed:
+                return
+            other.leave()
 
     def free_memory(self) -> int:
         if self.device.type == "cuda":
             # what torch keeps from earlier tensors is free for new ones
             kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             return torch.cuda.mem_get_info(self.device)[0] + kept
-        return 4 * 2**30
+        if self.device.type == "mps":
+            return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return available_ram()
 
     def progress(self, total: int, description: str, latent_format: str | None = None) -> Progress:
         return TerminalProgress(total, description) if self.show_progress else SilentProgress()
