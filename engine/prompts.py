@@ -98,6 +98,28 @@ class SpecialTokens(NamedTuple):
         return cls(start, end, end if pad is None else pad)
 
 
+class TextLayer(NamedTuple):
+    """Which of a text encoder's layers is read."""
+
+    from_end: int = 1
+    """1 for the last."""
+    normed: bool = True
+    """Whether the final layer norm follows."""
+
+
+LAST_LAYER = TextLayer()
+
+
+class PromptStates(NamedTuple):
+    """What a text encoder makes of prompts, float32."""
+
+    tokens: Tensor
+    """[1, 77 * chunks, width] of one prompt; [chunks, 77, width] before the chunks are joined."""
+    pooled: Tensor
+    """[1, width]: the first chunk's last layer at the end token, after the norm and, where the encoder has one, the
+    projection; unweighted."""
+
+
 def encode_prompts(
     prompts: Sequence[str],
     tokenizer: Tokenizer,
@@ -105,11 +127,13 @@ def encode_prompts(
     device: torch.device,
     syntax: PromptSyntax,
     find_embedding: EmbeddingFinder,
-) -> list[Tensor]:
-    """The last hidden states of each prompt, [1, 77 * chunks, width] in float32 on ``device``.
+    layer: TextLayer = LAST_LAYER,
+) -> list[PromptStates]:
+    """The states of each prompt, on ``device``.
 
-    ``text_encoder`` is a transformers CLIPTextModel that is ready on ``device``; it runs once, on all chunks of all
-    prompts together. Raises InputError for a weight that is not finite, and what ``find_embedding`` raises.
+    ``text_encoder`` is a transformers CLIPTextModel, with projection or without, that is ready on ``device``; it runs
+    once, on all chunks of all prompts together. Raises InputError for a weight that is not finite, and what
+    ``find_embedding`` raises.
     """
     if not prompts:
         return []
@@ -118,9 +142,13 @@ def encode_prompts(
         chunks = [[plain_chunk(prompt, tokenizer)] for prompt in prompts]
     else:
         chunks = [split_chunks(token_groups(prompt, tokenizer, find_embedding), special) for prompt in prompts]
-    states = encode_chunks([chunk for of_prompt in chunks for chunk in of_prompt], text_encoder, device, special)
+    states = encode_chunks([chunk for of_prompt in chunks for chunk in of_prompt], text_encoder, device, special, layer)
+    lengths = [len(of_prompt) for of_prompt in chunks]
     # the chunks of a prompt follow each other along the token axis
-    return [part.flatten(0, 1)[None] for part in states.split([len(of_prompt) for of_prompt in chunks])]
+    return [
+        PromptStates(tokens.flatten(0, 1)[None], pooled[:1])
+        for tokens, pooled in zip(states.tokens.split(lengths), states.pooled.split(lengths), strict=True)
+    ]
 
 
 def parse_emphasis(prompt: str) -> list[Segment]:
@@ -256,22 +284,28 @@ def plain_chunk(prompt: str, tokenizer: Tokenizer) -> list[Token]:
 
 
 def encode_chunks(
-    chunks: Sequence[Sequence[Token]], text_encoder: nn.Module, device: torch.device, special: SpecialTokens
-) -> Tensor:
-    """Hidden states [chunks, 77, width] in float32, each token's weighted against the empty prompt's."""
+    chunks: Sequence[Sequence[Token]],
+    text_encoder: nn.Module,
+    device: torch.device,
+    special: SpecialTokens,
+    layer: TextLayer = LAST_LAYER,
+) -> PromptStates:
+    """The states of the chunks, each token's weighted against the empty prompt's."""
     weights = torch.tensor([[token.weight for token in chunk] for chunk in chunks])[..., None]
     if bool((weights == 1).all()):
-        return hidden_states(chunks, text_encoder, device)
+        return hidden_states(chunks, text_encoder, device, layer)
     weights = weights.to(device)
     empty = _close_chunk([Token(special.start)], special)
-    *_, z_empty = states = hidden_states([*chunks, empty], text_encoder, device)
-    z = states[:-1]
+    states = hidden_states([*chunks, empty], text_encoder, device, layer)
+    z, z_empty = states.tokens[:-1], states.tokens[-1]
     # not lerp: a weight of 1 must leave its token exactly as it is
-    return torch.where(weights == 1, z, (z - z_empty) * weights + z_empty)
+    return PromptStates(torch.where(weights == 1, z, (z - z_empty) * weights + z_empty), states.pooled[:-1])
 
 
-def hidden_states(chunks: Sequence[Sequence[Token]], text_encoder: nn.Module, device: torch.device) -> Tensor:
-    """The encoder's last hidden state after its final layer norm, [chunks, 77, width], float32, unweighted."""
+def hidden_states(
+    chunks: Sequence[Sequence[Token]], text_encoder: nn.Module, device: torch.device, layer: TextLayer = LAST_LAYER
+) -> PromptStates:
+    """The states of the chunks, unweighted."""
     ids = torch.tensor([[token.id for token in chunk] for chunk in chunks]).to(device)
     vectors = [
         (row, column, token.vector)
@@ -279,6 +313,7 @@ def hidden_states(chunks: Sequence[Sequence[Token]], text_encoder: nn.Module, de
         for column, token in enumerate(chunk)
         if token.vector is not None
     ]
+    caught: list[Tensor] = []
 
     def put_vectors(module: nn.Module, arguments: object, embedded: Tensor) -> Tensor:
         embedded = embedded.clone()
@@ -286,16 +321,30 @@ def hidden_states(chunks: Sequence[Sequence[Token]], text_encoder: nn.Module, de
             embedded[row, column] = vector.to(embedded)
         return embedded
 
-    with torch.no_grad():
-        if not vectors:
-            return text_encoder(ids)[0].float()
-        # the one public place, the same in every transformers, where an id becomes a vector
-        table = cast("PreTrainedModel", text_encoder).get_input_embeddings()
-        hook = table.register_forward_hook(put_vectors)
-        try:
-            return text_encoder(ids)[0].float()
-        finally:
+    def catch(module: nn.Module, arguments: object, output: Any) -> None:
+        # a tuple in transformers before 5
+        caught.append(output if isinstance(output, Tensor) else output[0])
+
+    hooks = []
+    tower: Any = getattr(text_encoder, "text_model", text_encoder)
+    try:
+        if vectors:
+            # the one public place, the same in every transformers, where an id becomes a vector
+            table = cast("PreTrainedModel", text_encoder).get_input_embeddings()
+            hooks.append(table.register_forward_hook(put_vectors))
+        if layer != LAST_LAYER:
+            # output_hidden_states would mean the normed state or the bare one by the last, depending on the version
+            hooks.append(tower.encoder.layers[-layer.from_end].register_forward_hook(catch))
+        with torch.no_grad():
+            output = text_encoder(ids)
+            (tokens,) = caught or [output.last_hidden_state]
+            if caught and layer.normed:
+                tokens = tower.final_layer_norm(tokens)
+    finally:
+        for hook in hooks:
             hook.remove()
+    projected = getattr(output, "text_embeds", None)
+    return PromptStates(tokens.float(), (output.pooler_output if projected is None else projected).float())
 
 
 def folder_embeddings(folders: Sequence[Path], width: int, key: str = "clip_l") -> EmbeddingFinder:

@@ -49,7 +49,8 @@ def encode_guidance(request: InpaintRequest, model: InpaintModel, syntax: Prompt
     if request.guidance_scale <= 1:
         (positive,) = model.encode_prompt([request.prompt], syntax)
         return Guidance(positive, None, 1.0)
-    negative, positive = model.encode_prompt([request.negative_prompt, request.prompt], syntax)
+    unwanted = None if request.zero_negative and not request.negative_prompt else request.negative_prompt
+    negative, positive = model.encode_prompt([unwanted, request.prompt], syntax)
     return Guidance(positive, negative, request.guidance_scale)
 
 

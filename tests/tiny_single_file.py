@@ -23,16 +23,20 @@ def original_state(pipeline, text_layout="clip"):
 
 
 def original_state_of(unet, vae, text_encoder, open_clip=False):
-    state = {
-        **_renamed(unet.state_dict(), _inverse(ldm.unet_names(unet.config)), ldm.UNET_PREFIX),
-        **_renamed(_convolved(vae.state_dict()), _inverse(ldm.vae_names(vae.config)), ldm.VAE_PREFIX),
-    }
-    text = {key.removeprefix("text_model."): value for key, value in text_encoder.state_dict().items()}
+    state = {**original_unet(unet), **original_vae(vae)}
     if open_clip:
-        state.update(_open_clip(text, text_encoder.config))
-    else:
-        state.update({f"{ldm.CLIP_PREFIX}text_model.{key}": value for key, value in text.items()})
-    return state
+        text = open_clip_state(text_encoder)
+        return {**state, **{ldm.OPEN_CLIP_PREFIX + key: value for key, value in text.items()}}
+    text = {key.removeprefix("text_model."): value for key, value in text_encoder.state_dict().items()}
+    return {**state, **{f"{ldm.CLIP_PREFIX}text_model.{key}": value for key, value in text.items()}}
+
+
+def original_unet(unet, prefix=ldm.UNET_PREFIX):
+    return _renamed(unet.state_dict(), _inverse(ldm.unet_names(unet.config)), prefix)
+
+
+def original_vae(vae, prefix=ldm.VAE_PREFIX):
+    return _renamed(_convolved(vae.state_dict()), _inverse(ldm.vae_names(vae.config)), prefix)
 
 
 def save_single_file(path: Path, pipeline=None, *, dtype=torch.float32, text_layout="clip", extra=None, **options):
@@ -44,12 +48,12 @@ def save_single_file(path: Path, pipeline=None, *, dtype=torch.float32, text_lay
     return path
 
 
-def save_configs(folder: Path, pipeline) -> Path:
+def save_configs(folder: Path, pipeline, parts=("unet", "vae", "text_encoder")) -> Path:
     """Configs only: no weights, no tokenizer."""
-    for part in ("unet", "vae", "text_encoder"):
+    for part in parts:
         module = getattr(pipeline, part)
         (folder / part).mkdir(parents=True, exist_ok=True)
-        text = module.config.to_json_string() if part == "text_encoder" else module.to_json_string()
+        text = module.config.to_json_string() if part.startswith("text_encoder") else module.to_json_string()
         (folder / part / "config.json").write_text(text)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
     return folder
@@ -71,28 +75,30 @@ def _convolved(vae_state):
     }
 
 
-def _open_clip(text, config):
+def open_clip_state(text_encoder):
+    """A CLIP text tower under OpenCLIP's names, with or without transformers' projection."""
+    config = text_encoder.config
+    text = {key.removeprefix("text_model."): value for key, value in text_encoder.state_dict().items()}
+    projection = text.pop("text_projection.weight", None)
     names = _inverse(ldm.open_clip_names(config.to_dict()))
-    state = {}
-    for key, value in text.items():
-        if any(f".{projection}_proj." in key for projection in "qkv"):
-            continue
-        state[ldm.OPEN_CLIP_PREFIX + ldm.rename(key, names)] = value
+    state = {
+        ldm.rename(key, names): value
+        for key, value in text.items()
+        if not any(f".{projection}_proj." in key for projection in "qkv")
+    }
     for layer in range(config.num_hidden_layers):
         attention = f"encoder.layers.{layer}.self_attn"
         for kind in ("weight", "bias"):
-            fused = torch.cat([text[f"{attention}.{projection}_proj.{kind}"] for projection in "qkv"])
-            state[f"{ldm.OPEN_CLIP_PREFIX}transformer.resblocks.{layer}.attn.in_proj_{kind}"] = fused
-    # the last layer, the projection and the temperature are in every SD2 file and are not read
+            fused = torch.cat([text[f"{attention}.{part}_proj.{kind}"] for part in "qkv"])
+            state[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = fused
+    state["logit_scale"] = torch.tensor(4.6)
+    if projection is not None:
+        return {**state, "text_projection": projection.T.contiguous()}
+    # one layer more, and a projection: in every SD2 file, and not read
+    mark = f"resblocks.{config.num_hidden_layers - 1}."
     last = {
-        key.replace(f"resblocks.{config.num_hidden_layers - 1}.", f"resblocks.{config.num_hidden_layers}."): value + 1
+        key.replace(mark, f"resblocks.{config.num_hidden_layers}."): value + 1
         for key, value in state.items()
-        if f"resblocks.{config.num_hidden_layers - 1}." in key
+        if mark in key
     }
-    width = config.hidden_size
-    return {
-        **state,
-        **last,
-        f"{ldm.OPEN_CLIP_PREFIX}text_projection": torch.ones(width, width),
-        f"{ldm.OPEN_CLIP_PREFIX}logit_scale": torch.tensor(4.6),
-    }
+    return {**state, **last, "text_projection": torch.ones(config.hidden_size, config.hidden_size)}

@@ -145,10 +145,16 @@ def choose_files(
         ("unet", "diffusion_pytorch_model"),
         ("vae", "diffusion_pytorch_model"),
         ("text_encoder", "model"),
+        ("text_encoder_2", "model"),
     ):
+        if part == "text_encoder_2" and "config.json" not in repository.names(part):
+            continue
         configs.append(f"{part}/config.json")
         weights += _weights(repository, part, stem, variant)
-    configs += [f"tokenizer/{name}" for name in repository.names("tokenizer") if name.endswith((".json", ".txt"))]
+        tokenizer = part.replace("text_encoder", "tokenizer")
+        if tokenizer != part:
+            files = (name for name in repository.names(tokenizer) if name.endswith((".json", ".txt")))
+            configs += [f"{tokenizer}/{name}" for name in files]
     if safety_checker and "config.json" in repository.names("safety_checker"):
         configs += ["safety_checker/config.json", "feature_extractor/preprocessor_config.json"]
         weights += _weights(repository, "safety_checker", "model", variant)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .family import Family
+from .sdxl import SDXL
 from .stable_diffusion import SD1, SD2
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, SD2)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, SD2, SDXL)}
 """By name."""
 
 

@@ -15,6 +15,8 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer."
 OPEN_CLIP_PREFIX = "cond_stage_model.model."
+SDXL_CLIP_PREFIX = "conditioner.embedders.0.transformer."
+SDXL_OPEN_CLIP_PREFIX = "conditioner.embedders.1.model."
 
 _UNET_RESNET = {
     "in_layers.0": "norm1",
@@ -51,6 +53,8 @@ def unet_names(config: Mapping[str, Any]) -> dict[str, str]:
     names = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
         "input_blocks.0.0": "conv_in",
         "middle_block.1": "mid_block.attentions.0",
         "out.0": "conv_norm_out",
@@ -156,6 +160,9 @@ def _open_clip_tensors(
         if parts[:2] == ["transformer", "resblocks"] and int(parts[2]) >= layers:
             continue
         if key == "attn_mask":  # causal by construction here
+            continue
+        if key == "text_projection":  # applied from the right there
+            yield "text_projection.weight", tensor.T.contiguous()
             continue
         block, _, fused = key.rpartition(".attn.in_proj_")
         if not block:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..host import Role
-from ..types import ModelFileError
+from ..prompts import EmbeddingFinder, TextLayer, folder_embeddings
+from ..types import InputError, ModelFileError
 from . import ldm
 from .family import Components, Config, Part, State, shipped
 from .modules import TOWER
@@ -125,7 +126,23 @@ def load_tokenizer(folder: Path | None, text_encoder: Mapping[str, Any]) -> Any:
     )
 
 
-def clip_tokenizer(components: Components, number: str = "") -> Any:
-    """That of ``text_encoder`` or, for the number "_2", of ``text_encoder_2``."""
-    folder = components.tokenizer_folder(f"tokenizer{number}")
-    return load_tokenizer(folder, components.configs[f"text_encoder{number}"])
+def clip_layer(components: Components, part: str, default: TextLayer) -> TextLayer:
+    """The layer of a text encoder that is read: the family's own, or the user's choice."""
+    skip, layers = components.options.clip_skip, int(components.configs[part]["num_hidden_layers"])
+    if skip > layers:
+        raise InputError(
+            f"clip_skip is {skip}, and a text encoder of {components.name} has {layers} layers: give a lower value."
+        )
+    return default._replace(from_end=skip) if skip else default
+
+
+def find_embeddings(components: Components, part: str, key: str) -> EmbeddingFinder:
+    """The host's textual-inversion files, for one text encoder; ``key`` as for folder_embeddings."""
+    width = int(components.configs[part]["hidden_size"])
+    return folder_embeddings(components.host.model_folders("embeddings"), width, key)
+
+
+def clip_tokenizer(components: Components, part: str = "text_encoder") -> Any:
+    """That of one text encoder."""
+    folder = components.tokenizer_folder(part.replace("text_encoder", "tokenizer"))
+    return load_tokenizer(folder, components.configs[part])

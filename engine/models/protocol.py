@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from ..crop import CropPlan
 from ..schedulers import Level
 from ..types import Size
+
+if TYPE_CHECKING:
+    from ..control import Hint
 
 
 class Conditioning(str, Enum):
@@ -56,6 +59,9 @@ class ModelFacts:
     from a negative prompt then."""
     mask_rule: MaskRule | None = None
     """What to do with a soft mask in the place of the engine's own rule."""
+    control_width: int | None = None
+    """Width of the prompt embeddings, which tells which ControlNets fit: 768, 1024, 2048; None where none of ours can
+    be followed."""
     latent_format: str | None = None
     """The name ComfyUI has for these latents, by which it draws previews: "SD15", "SDXL", "SD3", "Flux", ...; None for
     latents that are this model's own."""
@@ -122,6 +128,8 @@ class Canvas:
     """[N, 1, h, w] in 0..1: the share of the evaluations, counted from the end, that may change each cell."""
     places: tuple[Place, ...] = ()
     """Of each row; empty where the whole picture was brought to the canvas."""
+    hints: tuple[Hint, ...] = ()
+    """What ControlNets are shown; only for models with a ``control_width``."""
 
     @property
     def size(self) -> Size:
@@ -145,8 +153,8 @@ class InpaintModel(Protocol):
     @property
     def facts(self) -> ModelFacts: ...
 
-    def encode_prompt(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[Any]:
-        """Each prompt as ``sample`` wants it in its guidance."""
+    def encode_prompt(self, prompts: Sequence[str | None], syntax: PromptSyntax) -> list[Any]:
+        """Each prompt as ``sample`` wants it in its guidance; None, which is no prompt at all, as zeros."""
         ...
 
     def encode_image(self, pixels: Tensor) -> Posterior:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ..host import Role
-from ..prompts import folder_embeddings
+from ..prompts import LAST_LAYER
+from . import ldm
 from .detect import Found
 from .diffusers_model import DiffusersModel, StableDiffusionModel
 from .family import Components, Family, Part, by_variant
-from .parts import UNET, VAE, build_clip, clip_tokenizer, read_clip
+from .parts import UNET, VAE, build_clip, clip_layer, clip_tokenizer, find_embeddings, read_clip
 from .protocol import Conditioning, ModelFacts
 
 TEXT_ENCODER = Part(
@@ -17,7 +18,7 @@ TEXT_ENCODER = Part(
     build_clip,
     read_clip,
     # SD2's is OpenCLIP's
-    ("cond_stage_model.transformer.", "cond_stage_model.model."),
+    (ldm.CLIP_PREFIX, ldm.OPEN_CLIP_PREFIX),
 )
 
 
@@ -35,18 +36,19 @@ def unet_facts(components: Components) -> ModelFacts:
 
 
 def make(components: Components) -> DiffusersModel:
-    text_encoder = components.configs["text_encoder"]
-    width = int(text_encoder["hidden_size"])
+    name = TEXT_ENCODER.name
     return StableDiffusionModel(
         unet_facts(components),
-        tokenizer=clip_tokenizer(components),
-        text_encoder=components.modules["text_encoder"],
+        tokenizer=clip_tokenizer(components, name),
+        text_encoder=components.modules[name],
         denoiser=components.modules["unet"],
         vae=components.modules["vae"],
-        find_embedding=folder_embeddings(
-            components.host.model_folders("embeddings"), width, "clip_h" if width == 1024 else "clip_l"
+        find_embedding=find_embeddings(
+            components, name, "clip_h" if components.configs[name]["hidden_size"] == 1024 else "clip_l"
         ),
         host=components.host,
+        # of SD2's text encoder the last layer is left out already
+        layer=clip_layer(components, name, LAST_LAYER),
     )
 
 

@@ -441,9 +441,7 @@ def test_a_file_that_does_not_fit_its_config_is_named(tmp_path, pipeline, host):
 def test_a_file_without_a_part_says_which(tmp_path, pipeline, host, prefix, part):
     path = save_single_file(tmp_path / "tiny.safetensors", pipeline)
     rewrite(path, lambda state: {key: value for key, value in state.items() if not key.startswith(prefix)})
-    with pytest.raises(
-        ModelFileError, match=f"tiny.safetensors holds a UNet but no {part}: choose .* full checkpoint"
-    ):
+    with pytest.raises(ModelFileError, match=f"tiny.safetensors holds a UNet but no {part}: choose .* full checkpoint"):
         load_model(path, host)
 
 

@@ -61,7 +61,8 @@ def words(groups, tokenizer):
 
 
 def encode(pipeline, prompts, syntax=PromptSyntax.COMFY, find=no_embedding):
-    return encode_prompts(prompts, pipeline.tokenizer, pipeline.text_encoder, CPU, syntax, find)
+    states = encode_prompts(prompts, pipeline.tokenizer, pipeline.text_encoder, CPU, syntax, find)
+    return [state.tokens for state in states]
 
 
 # --- emphasis ---------------------------------------------------------------------------------------------------------
@@ -304,8 +305,8 @@ class _Failing(torch.nn.Module):
 def test_half_precision_weights_give_float32_states(pipeline):
     half = tiny_pipeline().text_encoder.to(torch.bfloat16)
     (states,) = encode_prompts(["a (cat:1.2)"], pipeline.tokenizer, half, CPU, PromptSyntax.COMFY, no_embedding)
-    assert states.dtype == torch.float32
-    assert (states - encode(pipeline, ["a (cat:1.2)"])[0]).abs().max() < 0.1
+    assert states.tokens.dtype == states.pooled.dtype == torch.float32
+    assert (states.tokens - encode(pipeline, ["a (cat:1.2)"])[0]).abs().max() < 0.1
 
 
 def test_no_prompts_give_no_states(pipeline):
