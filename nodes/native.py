@@ -332,6 +332,7 @@ def _facts(patcher: ModelPatcher, vae: Any, native_size: int, guider: Callable[[
         # transformers read patches of 2 x 2 cells, unless the cells are that large themselves
         multiple=max(16, downscale) if flow else downscale,
         embedded_guidance=_reads_guidance(model),
+        latent_format=type(model.latent_format).__name__,
         mask_rule=mask_rule(patcher.model_options.get("denoise_mask_function"), flow, guider),
     )
 

@@ -178,11 +178,12 @@ class MendInpaintConditioning(io.ComfyNode):
                 f"The picture is {size} and the VAE needs multiples of {cell}: use Crop to Mask (Mend), which gives"
                 " them, and Stitch (Mend) afterwards."
             )
-        hole = snap_to_grid((mask > 0).to(mask), cell)
+        hole = (mask > 0).to(mask)
         picture = image[..., :3]
         values = {
             "concat_latent_image": vae.encode(picture * (1 - hole[..., None]) + 0.5 * hole[..., None]),
-            "concat_mask": hole[:, None],
+            # by cells: ComfyUI looks at the middle of each only
+            "concat_mask": snap_to_grid(hole, cell)[:, None],
         }
         latent = {"samples": vae.encode(picture)}
         if noise_mask:

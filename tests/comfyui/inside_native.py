@@ -6,7 +6,6 @@ Prints as one line of JSON how far the engine's pictures and latents are apart; 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 
 import inside
 import torch
@@ -14,7 +13,6 @@ import torch
 inside.boot()
 sys.path.insert(0, str(inside.ROOT / "tests"))
 
-import comfy.samplers  # noqa: E402
 from comfy.cli_args import args  # noqa: E402
 
 args.force_fp32 = args.fp32_text_enc = True
@@ -56,11 +54,19 @@ def relative(expected, found):
 def compare(reference, native, **options):
     """Relative difference of latents, and largest difference of pictures."""
     image, mask = photo_and_mask()
-    request = InpaintRequest(image=image, mask=mask, **{"prompt": "a cat", "negative_prompt": "blurry, (bad:1.3)", "seed": 5, "steps": 8, **options})
+    request = InpaintRequest(
+        image=image,
+        mask=mask,
+        **{"prompt": "a cat", "negative_prompt": "blurry, (bad:1.3)", "seed": 5, "steps": 8, **options},
+    )
     models = [Watched(reference), Watched(native)]
     results = [inpaint(request, model, HOST).images for model in models]
     latents = [torch.cat([part.flatten() for part in model.latents]) for model in models]
-    return {"latents": relative(*latents), "pixels": float((results[0] - results[1]).abs().max()), "change": float((results[0] - image).abs().max()) if results[0].shape == image.shape else None}
+    return {
+        "latents": relative(*latents),
+        "pixels": float((results[0] - results[1]).abs().max()),
+        "change": float((results[0] - image).abs().max()) if results[0].shape == image.shape else None,
+    }
 
 
 def stable_diffusion():
