@@ -88,7 +88,7 @@ class Forms:
             # outside of the handler: the error holds on to all tensors of the attempt
             tried = self._forms.pop(0)
             self.failed += 1
-            log.warning("Not enough memory to %s %s; going on with %s.", self._work, tried, self._forms[0])
+            log.warning("Not enough memory to %s, %s; trying again, %s.", self._work, tried, self._forms[0])
 
 
 def slice_attention(module: Any, device: torch.device) -> None:
