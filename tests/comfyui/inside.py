@@ -154,6 +154,7 @@ def fake_vram(total: float, *, vram_state: str = "NORMAL_VRAM") -> Iterator[Fake
     patches = {
         "get_torch_device": lambda: VRAM,
         "get_free_memory": memory.free,
+        "get_total_memory": lambda *args, **kwargs: total,
         "minimum_inference_memory": lambda: 0,
         "extra_reserved_memory": lambda: 0,
         "is_device_cpu": lambda device: torch.device(device) == CPU,

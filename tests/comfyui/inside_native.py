@@ -6,27 +6,49 @@ Prints as one line of JSON how far the engine's pictures and latents are apart; 
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import inside
 import torch
+from inside import CPU, VRAM, fake_vram
 
 inside.boot()
 sys.path.insert(0, str(inside.ROOT / "tests"))
 
+import comfy.model_management as mm  # noqa: E402
+import comfy.model_sampling  # noqa: E402
 from comfy.cli_args import args  # noqa: E402
 
 args.force_fp32 = args.fp32_text_enc = True
 
+from comfyui_mend.engine.crop import CropPlan, around  # noqa: E402
 from comfyui_mend.engine.host import LocalHost  # noqa: E402
 from comfyui_mend.engine.inpaint import inpaint  # noqa: E402
-from comfyui_mend.engine.models.protocol import Posterior  # noqa: E402
+from comfyui_mend.engine.models.protocol import Place, Posterior  # noqa: E402
 from comfyui_mend.engine.schedulers import SCHEDULERS  # noqa: E402
-from comfyui_mend.engine.types import Compat, Crop, InpaintRequest  # noqa: E402
+from comfyui_mend.engine.types import (  # noqa: E402
+    Box,
+    Compat,
+    Crop,
+    InpaintRequest,
+    InputError,
+    MendError,
+    Size,
+)
+from comfyui_mend.nodes import native as native_module  # noqa: E402
+from comfyui_mend.nodes.conditioning import on_canvas  # noqa: E402
 from comfyui_mend.nodes.native import NativeModel  # noqa: E402
 from native_tiny import native_sd  # noqa: E402
 from tiny import engine_model, photo_and_mask, tiny_pipeline  # noqa: E402
 
-HOST = LocalHost(torch.device("cpu"))
+HOST = LocalHost(CPU)
+MEMORIES = {
+    "full": (1000.0, "NORMAL_VRAM"),
+    "40 %": (0.4, "NORMAL_VRAM"),
+    "10 %": (0.1, "NORMAL_VRAM"),
+    "no VRAM": (1000.0, "NO_VRAM"),
+}
 
 
 class Watched:
@@ -54,42 +76,154 @@ def relative(expected, found):
 def compare(reference, native, **options):
     """Relative difference of latents, and largest difference of pictures."""
     image, mask = photo_and_mask()
-    request = InpaintRequest(
-        image=image,
-        mask=mask,
-        **{"prompt": "a cat", "negative_prompt": "blurry, (bad:1.3)", "seed": 5, "steps": 8, **options},
-    )
+    common = {"prompt": "a cat", "negative_prompt": "blurry, (bad:1.3)", "seed": 5, "steps": 6}
+    request = InpaintRequest(image=image, mask=mask, **{**common, **options})
     models = [Watched(reference), Watched(native)]
-    results = [inpaint(request, model, HOST).images for model in models]
+    pictures = [inpaint(request, model, HOST).images for model in models]
     latents = [torch.cat([part.flatten() for part in model.latents]) for model in models]
+    return {"latents": relative(*latents), "pixels": float((pictures[0] - pictures[1]).abs().max())}
+
+
+def both(pipeline) -> tuple[object, NativeModel]:
+    tiny = native_sd(pipeline)
+    return engine_model(pipeline), NativeModel(tiny.model, tiny.vae, tiny.clip, native_size=128)
+
+
+OPTIONS = {
+    "strength .6": {"strength": 0.6, "scheduler": "K_EULER"},
+    "compat": {"compat": Compat.DIFFUSERS, "scheduler": "K_EULER", "negative_prompt": "blurry (bad:1.3)"},
+    "compat strength .6": {"compat": Compat.DIFFUSERS, "strength": 0.6, "scheduler": "DDIM"},
+    "count": {"count": 3, "scheduler": "K_EULER_ANCESTRAL"},
+    "soft": {"soft": True},
+    "whole": {"crop": Crop.OFF},
+    "guidance 1": {"guidance_scale": 1.0},
+}
+
+
+def parity() -> dict:
+    rows = {}
+    for channels in (9, 4):
+        reference, native = both(tiny_pipeline(in_channels=channels, groups=32))
+        for scheduler in SCHEDULERS if channels == 9 else ("PNDM", "KDPM2", "DPM++SDE"):
+            rows[f"{channels} {scheduler}"] = compare(reference, native, scheduler=scheduler, steps=4)
+        for name, options in OPTIONS.items():
+            rows[f"{channels} {name}"] = compare(reference, native, **options)
+    models = both(tiny_pipeline(in_channels=9, groups=32, prediction_type="v_prediction"))
+    rows["v"] = compare(*models)
+    rows["v strength .6"] = compare(*models, strength=0.6, scheduler="PNDM")
+    return rows
+
+
+def controls() -> dict:
+    """Differences that the gate must see."""
+    reference, native = both(tiny_pipeline(in_channels=9, groups=32))
+    euler = {"scheduler": "K_EULER", "steps": 7}  # timesteps between the whole ones
+    with mock.patch.object(native_module, "with_clock", lambda patcher: (patcher, None)):
+        found = {"whole timesteps": compare(reference, native, **euler)}
+    with mock.patch.object(NativeModel, "_on_canvas", lambda self, cond, *_: cond):
+        found["no surroundings"] = compare(reference, native, **euler)
+    return {name: row["latents"] for name, row in found.items()}
+
+
+def in_memory() -> dict:
+    """Largest difference of the picture from plain modules' when ComfyUI has little memory for the model."""
+    pipeline = tiny_pipeline(in_channels=9, groups=32)
+    image, mask = photo_and_mask()
+    request = InpaintRequest(image=image, mask=mask, prompt="a cat", steps=3)
+    wanted = inpaint(request, engine_model(pipeline), HOST).images
+    found = {}
+    for memory, (share, state) in MEMORIES.items():
+        tiny = native_sd(pipeline, VRAM)  # text encoder and VAE stay on the processor
+        with fake_vram(share * mm.module_size(pipeline.unet), vram_state=state), torch.inference_mode():
+            model = NativeModel(tiny.model, tiny.vae, tiny.clip, native_size=128)
+            shares = []
+            tiny.model.model.diffusion_model.register_forward_pre_hook(
+                lambda *_, tiny=tiny, shares=shares: shares.append(tiny.model.loaded_size() / tiny.model.model_size())
+            )
+            picture = inpaint(request, model, HOST).images.to(CPU)
+            found[memory] = {"difference": float((picture - wanted).abs().max()), "most loaded": max(shares)}
+            mm.unload_all_models()
+    return found
+
+
+# ------------------------------------------------------------------------------------- conditioning that knows places
+
+
+class Hint:
+    """As much of a ControlNet as is cut along with the picture."""
+
+    def __init__(self, hint, previous=None):
+        self.cond_hint_original, self.previous_controlnet, self.extra_concat_orig = hint, previous, []
+
+    def copy(self):
+        return Hint(self.cond_hint_original)
+
+    def set_previous_controlnet(self, previous):
+        self.previous_controlnet = previous
+
+
+def moved_conditioning() -> dict:
+    image, _ = photo_and_mask(200, 160)
+    place = Place(Size(200, 160), CropPlan(Box(40, 24, 168, 152), Size(128, 128), Size(128, 128)))
+    hint = torch.cat([image, image.flip(1)]).permute(0, 3, 1, 2) * 2 - 1
+    options = {
+        "control": Hint(hint, Hint(hint[:1, :, ::2, ::2])),
+        "mask": image[..., 0],
+        "area": (8, 10, 5, 7),  # cells: height, width, y, x
+    }
+    second = Place(place.picture, place.plan, source=1)
+    [[_, cut]] = on_canvas([[None, options]], [place, second])
+    wanted = torch.stack([hint[0, :, 24:152, 40:168], hint[1, :, 24:152, 40:168]])
+    small = cut["control"].previous_controlnet.cond_hint_original
+    elsewhere = Place(Size(300, 300), around(Box(200, 200, 240, 240), Size(300, 300), 128, 8))
+    refused = {}
+    for name, values, places in (
+        ("outside", {"area": ("percentage", 0.1, 0.1, 0.0, 0.0)}, [place]),
+        ("gligen", {"gligen": ()}, [place]),
+        ("different", {"area": (20, 20, 0, 0)}, [place, elsewhere]),
+    ):
+        try:
+            on_canvas([[None, values]], places)
+        except InputError as error:
+            refused[name] = str(error)
     return {
-        "latents": relative(*latents),
-        "pixels": float((results[0] - results[1]).abs().max()),
-        "change": float((results[0] - image).abs().max()) if results[0].shape == image.shape else None,
+        "hint": float((cut["control"].cond_hint_original - wanted).abs().max()),
+        "chained": float((small[0] - wanted[0]).abs().mean()),
+        "original kept": options["control"].cond_hint_original is hint,
+        "mask": float((cut["mask"] - image[..., 0][:, 24:152, 40:168]).abs().max()),
+        "area": [round(share * 128) for share in cut["area"][1:]],
+        "refused": refused,
+        "whole": on_canvas([[None, options]], [])[0][1] is options,
     }
 
 
-def stable_diffusion():
-    rows = {}
-    for channels in (9, 4):
-        pipeline = tiny_pipeline(in_channels=channels, groups=32)
-        tiny = native_sd(pipeline)
-        reference, native = engine_model(pipeline), NativeModel(tiny.model, tiny.vae, tiny.clip, native_size=128)
-        for scheduler in SCHEDULERS:
-            rows[f"{channels} {scheduler}"] = compare(reference, native, scheduler=scheduler)
-        for name, options in {
-            "strength .6": {"strength": 0.6, "scheduler": "K_EULER"},
-            "compat": {"compat": Compat.DIFFUSERS, "scheduler": "K_EULER"},
-            "compat strength .6": {"compat": Compat.DIFFUSERS, "strength": 0.6, "scheduler": "DDIM"},
-            "count": {"count": 3, "scheduler": "K_EULER_ANCESTRAL"},
-            "soft": {"soft": True},
-            "whole": {"crop": Crop.OFF},
-            "guidance 1": {"guidance_scale": 1.0},
-        }.items():
-            rows[f"{channels} {name}"] = compare(reference, native, **options)
-    return rows
+def refusals() -> dict:
+    tiny = native_sd(tiny_pipeline(groups=32))
+    found = {}
+
+    class Unknown(comfy.model_sampling.ModelSamplingContinuousEDM, comfy.model_sampling.EDM):
+        pass
+
+    def attempt(name, sampling=None, vae=tiny.vae):
+        patcher = tiny.model.clone()
+        if sampling is not None:
+            patcher.add_object_patch("model_sampling", sampling)
+        try:
+            NativeModel(patcher, vae, tiny.clip)
+        except MendError as error:
+            found[name] = str(error)
+
+    attempt("edm", Unknown())
+    attempt("vae", vae=SimpleNamespace(latent_channels=16))
+    with mock.patch.object(tiny.model.model, "concat_keys", ("concat_image",)):
+        attempt("other inputs")
+    with mock.patch.object(tiny.model.model.latent_format, "latent_dimensions", 1):
+        attempt("audio")
+    attempt("nothing")
+    return found
 
 
 if __name__ == "__main__":
     with torch.no_grad():
-        inside.answer(stable_diffusion())
+        parts = (parity, controls, in_memory, moved_conditioning, refusals)
+        inside.answer({part.__name__: part() for part in parts})

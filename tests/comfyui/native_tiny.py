@@ -48,8 +48,8 @@ def sd_unet_config(channels: int) -> dict[str, Any]:
     }
 
 
-def native_sd(pipeline: Any) -> Native:
-    """Of a StableDiffusionInpaintPipeline from tiny.tiny_pipeline(groups=32)."""
+def native_sd(pipeline: Any, device: torch.device = CPU) -> Native:
+    """Of a StableDiffusionInpaintPipeline from tiny.tiny_pipeline(groups=32), the network to run on ``device``."""
     channels = pipeline.unet.config.in_channels
     config = sd_unet_config(channels)
     settings = comfy.supported_models.SD15(dict(config))
@@ -64,7 +64,7 @@ def native_sd(pipeline: Any) -> Native:
     names = comfy.utils.unet_to_diffusers(config)
     state = {names[key]: value.clone() for key, value in pipeline.unet.state_dict().items()}
     model.diffusion_model.load_state_dict(state)
-    patcher = comfy.model_patcher.ModelPatcher(model, CPU, CPU)
+    patcher = comfy.model_patcher.ModelPatcher(model, device, CPU)
     return Native(patcher, native_clip(pipeline.text_encoder), native_vae(pipeline.vae))
 
 

@@ -1,0 +1,58 @@
+"""ComfyUI's own MODEL, CLIP and VAE behind the engine, against diffusers' modules with the same weights."""
+
+import pytest
+from workspace import run_inside
+
+GATE, PIXEL_GATE = 2e-5, 1e-4
+
+
+@pytest.fixture(scope="module")
+def found(workspace):
+    return run_inside(workspace, "inside_native.py")
+
+
+def test_every_scheduler_and_option_agrees_with_diffusers_modules(found):
+    assert len(found["parity"]) > 30
+    far = {name: row for name, row in found["parity"].items() if row["latents"] > GATE or row["pixels"] > PIXEL_GATE}
+    assert far == {}
+
+
+def test_the_gate_sees_whole_timesteps_and_missing_surroundings(found):
+    assert found["controls"]["whole timesteps"] > GATE
+    assert found["controls"]["no surroundings"] > 1e-2
+
+
+def test_the_picture_is_the_same_however_little_is_loaded(found):
+    for row in found["in_memory"].values():
+        assert row["difference"] < PIXEL_GATE
+    assert found["in_memory"]["full"]["most loaded"] == 1
+    assert found["in_memory"]["40 %"]["most loaded"] < 0.5
+
+
+def test_conditioning_follows_the_crop(found):
+    moved = found["moved_conditioning"]
+    assert moved["hint"] == 0 and moved["mask"] == 0 and moved["original kept"] and moved["whole"]
+    assert moved["chained"] < 0.1  # enlarged from half the size
+    # 64 x 80 pixels at x 56, y 40 of the picture, whose crop begins at x 40, y 24
+    assert moved["area"] == [64, 80, 16, 16]
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [("outside", "add conditioning for the whole"), ("gligen", "set crop to off"), ("different", "one by one")],
+)
+def test_conditioning_that_cannot_follow_is_refused(found, case, words):
+    assert words in found["moved_conditioning"]["refused"][case]
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("edm", "samples by ModelSamplingContinuousEDM"),
+        ("vae", "connect the VAE that belongs to the model"),
+        ("other inputs", "reads concat_image"),
+        ("audio", "does not make pictures"),
+    ],
+)
+def test_other_kinds_of_models_are_named(found, case, words):
+    assert words in found["refusals"][case] and "nothing" not in found["refusals"]
