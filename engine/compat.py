@@ -7,6 +7,7 @@ pipelines/stable_diffusion/pipeline_stable_diffusion_inpaint.py, the order of it
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from . import control
 from .images import to_bytes
 from .models.protocol import Canvas, Conditioning, InpaintModel, PromptSyntax
 from .sampling import Stopwatch, decode_pixels, denoise, encode_guidance, make_schedule
@@ -45,6 +47,8 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host, seeds: tup
             pixels = preprocess_image(request.image[source, ..., :3], size)
             hole = preprocess_mask(request.mask[source], size)
             canvas = prepare_canvas(model, schedule, pixels, hole, request.count, generator)
+            cut = partial(_cut, canvas, source)
+            canvas = control.show(canvas, request, cut, schedule, model.facts)
         with clock.phase("sample"):
             latents = denoise(model, schedule, canvas, guidance, generator, progress, done)
         with clock.phase("decode"):
@@ -52,6 +56,10 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host, seeds: tup
         done += schedule.evaluations
     masks = torch.cat([preprocess_mask(mask, size)[:, 0] for mask in request.mask])
     return InpaintResult(images=torch.cat(results), mask=masks, seeds=seeds, timings=dict(clock.seconds))
+
+
+def _cut(canvas: Canvas, source: int, pictures: Tensor) -> Tensor:
+    return canvas.expand(preprocess_image(pictures[source], canvas.size) / 2 + 0.5)
 
 
 def target_size(request: InpaintRequest, model: InpaintModel) -> Size:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +43,11 @@ class ManagedModule(Protocol):
         """The precision its inputs should have."""
         ...
 
-    def load(self, activation_bytes: int) -> torch.device:
+    def load(self, activation_bytes: int, beside: Sequence[Any] = ()) -> torch.device:
         """Make the module usable with ``activation_bytes`` to spare and return the device its inputs belong on.
 
-        Valid until another module is loaded.
+        ``beside`` are modules of the same host and role that are used together with it, and made usable as well. Valid
+        until another module is loaded.
         """
         ...
 
@@ -114,23 +115,29 @@ class LocalModule:
     host: LocalHost
     resident: bool = False
 
-    def load(self, activation_bytes: int) -> torch.device:
+    def load(self, activation_bytes: int, beside: Sequence[LocalModule] = ()) -> torch.device:
         """See ManagedModule. Raises MendError where the weights alone do not fit."""
-        if not self.resident:
-            self.host.make_room(self, self.weight_bytes() + activation_bytes)
-            try:
-                self.module.to(self.host.device)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise MendError(
-                    f"The weights of a {type(self.module).__name__} do not fit into the memory of {self.host.device}:"
-                    " load the model in a smaller precision, or run it on the CPU."
-                ) from error
-            self.resident = True
-        else:
-            self.host.make_room(self, activation_bytes)
+        together = (self, *beside)
+        missing = sum(managed.weight_bytes() for managed in together if not managed.resident)
+        self.host.make_room(together, missing + activation_bytes)
+        for managed in together:
+            managed.arrive()
         return self.host.device
+
+    def arrive(self) -> None:
+        """Go to the host's device."""
+        if self.resident:
+            return
+        try:
+            self.module.to(self.host.device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MendError(
+                f"The weights of a {type(self.module).__name__} do not fit into the memory of {self.host.device}:"
+                " load the model in a smaller precision, or run it on the CPU."
+            ) from error
+        self.resident = True
 
     def leave(self) -> None:
         """Go to the CPU."""
@@ -210,11 +217,11 @@ class LocalHost:
         self._managed.add(managed)
         return managed
 
-    def make_room(self, module: LocalModule, needed: int) -> None:
-        """Send other modules to the CPU, the largest first, until ``needed`` bytes are free."""
+    def make_room(self, modules: Sequence[LocalModule], needed: int) -> None:
+        """Send others than ``modules`` to the CPU, the largest first, until ``needed`` bytes are free."""
         if self.device.type == "cpu":
             return
-        others = [other for other in self._managed if other.resident and other is not module]
+        others = [other for other in self._managed if other.resident and other not in modules]
         for other in sorted(others, key=LocalModule.weight_bytes, reverse=True):
             if self.free_memory() >= needed:
                 return

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import compat, crop, images
+from . import compat, control, crop, images
 from .crop import CONTEXT, CropOptions, CropPlan
 from .host import Host
 from .masks import bounding_box, to_latent_grid
@@ -74,6 +74,7 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host) -> Inpaint
     if model.facts.mask_rule is not None and request.compat is Compat.OFF:
         request = replace(request, soft=True)
     request = normalise(request)
+    control.check(request.controls, model.facts)
     seeds = seeds_of(request)
     if request.strength == 0:
         return _unchanged(request, seeds, "Strength is 0: the picture is returned as it came.")
@@ -141,7 +142,8 @@ def normalise(request: InpaintRequest) -> InpaintRequest:
         mask = (mask / SOFT_EDGE).clamp(max=1)
     if request.count > 1:
         check_total(image.shape[0] * request.count, images.size_of(image))
-    return replace(request, image=image, mask=mask, sampler_mask=sampler_mask)
+    controls = tuple(control.fit(image) for control in request.controls)
+    return replace(request, image=image, mask=mask, sampler_mask=sampler_mask, controls=controls)
 
 
 def seeds_of(request: InpaintRequest) -> tuple[int, ...]:
@@ -224,7 +226,7 @@ def prepare_canvas(
     masked_image = _latents(model, pixels * (1 - hole[:, None]))[rows] if concat else None
     shape = (1, facts.latent_channels, *(side // facts.downscale for side in pixels.shape[-2:]))
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-    return Canvas(
+    canvas = Canvas(
         noise=noise,
         mask=to_latent_grid(hole, facts.downscale)[rows],
         hole=hole[rows, None],
@@ -233,6 +235,12 @@ def prepare_canvas(
         soft=None if soft is None else to_latent_grid(soft, facts.downscale)[rows],
         places=tuple(Place(images.size_of(request.image), job.part.plan, job.part.source) for job in jobs),
     )
+
+    def cut(pictures: Tensor) -> Tensor:
+        rows = [place.plan.cut(pictures[place.source, None]) for place in canvas.places]
+        return torch.cat(rows).cpu().permute(0, 3, 1, 2)
+
+    return control.show(canvas, request, cut, schedule, facts)
 
 
 def _latents(model: InpaintModel, pixels: Tensor) -> Tensor:

@@ -297,6 +297,7 @@ def _window_request(request: InpaintRequest, canvas: Tensor, stage: Stage, index
         mask=stitch_mask.repeat_interleave(request.count, dim=0),
         sampler_mask=sampler_mask.repeat_interleave(request.count, dim=0),
         count=1,
+        controls=tuple(control.part(box, request.count) for control in request.controls),
     )
 
 

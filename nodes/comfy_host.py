@@ -110,23 +110,26 @@ class ComfyModule:
         self._activation_bytes = 0
         self._resident_bytes = 0
 
-    def load(self, activation_bytes: int) -> torch.device:
+    def load(self, activation_bytes: int, beside: Sequence[ComfyModule] = ()) -> torch.device:
         device = self.patcher.load_device
-        if not self._still_loaded(activation_bytes):
-            mm.load_models_gpu([self.patcher], memory_required=activation_bytes)
-            # a load into less memory than before moves layers away and ends without the callback
-            bring_leftovers(self.patcher, device)
+        together = [self, *beside]
+        if not self._still_loaded(activation_bytes, together):
+            mm.load_models_gpu([module.patcher for module in together], memory_required=activation_bytes)
+            for module in together:
+                # a load into less memory than before moves layers away and ends without the callback
+                bring_leftovers(module.patcher, device)
+                module._resident_bytes = module._holder.model_loaded_weight_memory
             self._activation_bytes = activation_bytes
-            self._resident_bytes = self._holder.model_loaded_weight_memory
         return device
 
-    def _still_loaded(self, activation_bytes: int) -> bool:
+    def _still_loaded(self, activation_bytes: int, together: Sequence[ComfyModule]) -> bool:
         """Whether nothing happened since the last load: a load costs as much as a small denoising step."""
-        newest = next(iter(mm.loaded_models()), None)
+        newest = mm.loaded_models()[: len(together)]
         return (
-            newest is self.patcher
+            len(newest) == len(together)
+            and all(patcher is module.patcher for patcher, module in zip(newest, together, strict=True))
             and activation_bytes <= self._activation_bytes
-            and self._holder.model_loaded_weight_memory == self._resident_bytes
+            and all(module._holder.model_loaded_weight_memory == module._resident_bytes for module in together)
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..control import Influence, controlled, influences
 from ..host import Host, ManagedModule
 from ..memory import MIB, Form, Forms, halved, slice_attention
 from ..prompts import LAST_LAYER, EmbeddingFinder, TextLayer, encode_prompts
@@ -64,7 +66,10 @@ class DiffusersModel(ABC):
 
     def __init__(self, facts: ModelFacts, *, denoiser: ManagedModule, vae: ManagedModule, host: Host) -> None:
         config: Any = vae.module.config
-        self.facts = replace(facts, latent_format=latent_format(config))
+        width = dict(denoiser.module.config).get("cross_attention_dim")  # type: ignore[arg-type]
+        self.facts = replace(
+            facts, latent_format=latent_format(config), control_width=width if isinstance(width, int) else None
+        )
         self.denoiser = denoiser
         self.vae = vae
         self._host = host
@@ -129,10 +134,12 @@ class DiffusersModel(ABC):
     ) -> Tensor:
         """See InpaintModel. Splits the batch, and the two branches of guidance, where memory is short."""
         forms = self._denoiser_forms(len(canvas.noise), canvas.size, guidance)
+        evaluation = itertools.count()
 
         def denoiser(state: Tensor, timestep: Tensor, level: Level) -> Tensor:
             rows = self._rows(state, canvas)
-            return forms.run(lambda form: self._predict(rows, timestep, guidance, form, forms.failed))
+            active = influences(canvas.hints, next(evaluation))
+            return forms.run(lambda form: self._predict(rows, timestep, guidance, form, forms.failed, active))
 
         return loop(denoiser)
 
@@ -143,16 +150,28 @@ class DiffusersModel(ABC):
         assert canvas.masked_image is not None
         return (torch.cat([state, canvas.expand(canvas.mask), canvas.expand(canvas.masked_image)], dim=1),)
 
-    def _predict(self, rows: Rows, timestep: Tensor, guidance: Guidance, form: Form, failed: int = 0) -> Tensor:
-        """One evaluation of a whole batch, after so many larger forms of it ``failed``."""
+    def _predict(
+        self,
+        rows: Rows,
+        timestep: Tensor,
+        guidance: Guidance,
+        form: Form,
+        failed: int = 0,
+        active: Sequence[Influence] = (),
+    ) -> Tensor:
+        """One evaluation of a whole batch under the ``active`` ControlNets, after so many larger forms ``failed``."""
         size = Size(*(side * self.facts.downscale for side in (rows[0].shape[-1], rows[0].shape[-2])))
 
         def guided(*part: Tensor) -> Tensor:
-            return self._guided(part, timestep, guidance, apart=form.apart)
+            shown = [one._replace(pixels=hint) for one, hint in zip(active, part[len(rows) :], strict=True)]
+            with controlled(self.denoiser.module, shown):
+                return self._guided(part[: len(rows)], timestep, guidance, apart=form.apart)
 
         # an estimate that failed was too low: leave more room for each row
         needed = self._sample_bytes(size) * (1 if form.apart else _branches(guidance)) << failed
-        return torch.cat(self._in_parts(self.denoiser, needed, form.rows, guided, rows))
+        hints = tuple(one.pixels for one in active)
+        beside = [one.network.managed for one in active]
+        return torch.cat(self._in_parts(self.denoiser, needed, form.rows, guided, (*rows, *hints), beside))
 
     def _denoiser_forms(self, rows: int, size: Size, guidance: Guidance) -> Forms:
         per_sample, branches = self._sample_bytes(size), _branches(guidance)
@@ -215,10 +234,16 @@ class DiffusersModel(ABC):
         return forms.run(attempt)
 
     def _in_parts(
-        self, managed: ManagedModule, needed: int, at_once: int, run: Callable[..., Tensor], rows: Rows
+        self,
+        managed: ManagedModule,
+        needed: int,
+        at_once: int,
+        run: Callable[..., Tensor],
+        rows: Rows,
+        beside: Sequence[ManagedModule] = (),
     ) -> list[Tensor]:
         """``run`` over so many rows at a time, on the module's device and in its precision."""
-        device = managed.load(needed + RESERVE)
+        device = managed.load(needed + RESERVE, beside)
         parts = []
         for part in zip(*(row.split(at_once) for row in rows), strict=True):
             self._host.check_interrupt()
