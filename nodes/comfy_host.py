@@ -40,6 +40,7 @@ SWAPPED_LAYERS = (
     "RMSNorm",
     "Embedding",
 )
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SD_UNET_PARAMETERS = 860_000_000
 """ComfyUI weighs a network's size against the card's memory when it picks a precision."""
 
@@ -63,6 +64,21 @@ def swap_layers(module: nn.Module) -> None:
         layer.bias_function = []
         if not hasattr(layer, "bias"):
             layer.bias = None  # Embedding, RMSNorm: the patcher looks for one
+
+
+def store_in_8_bits(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of swapped linear layers and convolutions as 8-bit floats, in place.
+
+    Such layers cast what they fetch to the precision of their input. Norms, biases and embeddings, which are small and
+    count for more, stay as they are.
+    """
+    ops = comfy.ops.disable_weight_init
+    largest = torch.finfo(dtype).max
+    for layer in module.modules():
+        if type(layer) in (ops.Linear, ops.Conv2d):
+            small = layer.weight.detach().clamp(-largest, largest).to(dtype)
+            layer.weight = nn.Parameter(small, requires_grad=False)
+            layer.comfy_cast_weights = True
 
 
 def bring_leftovers(patcher: ModelPatcher, device: torch.device, *_: object) -> None:
@@ -98,10 +114,19 @@ def hold(module: nn.Module) -> Holder:
 class ComfyModule:
     """A module that ComfyUI loads, offloads and evicts; lives as long as its owner keeps it."""
 
-    def __init__(self, module: nn.Module, load_device: torch.device, offload_device: torch.device) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        load_device: torch.device,
+        offload_device: torch.device,
+        storage: torch.dtype | None = None,
+    ) -> None:
+        """``storage``: an 8-bit float to keep weights in, where they are not kept as they came."""
         swap_layers(module)
         self.module = module.eval().requires_grad_(False)
         self.dtype = next((p.dtype for p in module.parameters()), torch.float32)
+        if storage is not None:
+            store_in_8_bits(module, storage)
         self._holder = hold(module)
         # rebound when dynamic VRAM starts, so looked up now; hosts without it have the plain patcher only
         patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
@@ -183,7 +208,7 @@ class ComfyHost:
             return self.precision
         device, _ = _devices(role)
         if role is Role.DENOISER:
-            dtype = mm.unet_dtype(device=device, model_params=SD_UNET_PARAMETERS)
+            dtype = _denoiser_dtype(device)
         elif role is Role.VAE:
             # no float16: the decoder of Stable Diffusion overflows in it
             dtype = mm.vae_dtype(device, [torch.bfloat16, torch.float32])
@@ -192,11 +217,18 @@ class ComfyHost:
             dtype = torch.float32
         else:
             dtype = mm.text_encoder_dtype(device)
-        # what ComfyUI would store small and cast on use is stored as it is used: 8-bit floats, float16 on old cards
+        # what it is computed in: ComfyUI would store float16 on old cards too, and cast it on use
         return mm.unet_manual_cast(dtype, device) or dtype
 
+    def storage(self, role: Role) -> torch.dtype | None:
+        """The 8-bit float that the user has ComfyUI keep diffusion networks in (--fp8_e4m3fn-unet, ...), if any."""
+        if role is not Role.DENOISER or self.precision is not None:
+            return None
+        dtype = _denoiser_dtype(_devices(role)[0])
+        return dtype if dtype in FLOAT8 else None
+
     def manage(self, module: nn.Module, role: Role) -> ComfyModule:
-        managed = ComfyModule(module, *_devices(role))
+        managed = ComfyModule(module, *_devices(role), self.storage(role))
         self._patchers.add(managed.patcher)
         return managed
 
@@ -218,6 +250,11 @@ class ComfyHost:
         if kind not in folder_paths.folder_names_and_paths:
             return []
         return [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
+
+
+def _denoiser_dtype(device: torch.device) -> torch.dtype:
+    dtype: torch.dtype = mm.unet_dtype(device=device, model_params=SD_UNET_PARAMETERS)
+    return dtype
 
 
 def _devices(role: Role) -> tuple[torch.device, torch.device]:

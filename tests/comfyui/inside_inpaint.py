@@ -21,6 +21,7 @@ import comfy.model_management as mm  # noqa: E402
 from comfyui_mend.engine.host import LocalHost  # noqa: E402
 from comfyui_mend.engine.inpaint import inpaint  # noqa: E402
 from comfyui_mend.engine.models import diffusers_model  # noqa: E402
+from comfyui_mend.engine.models.diffusers_model import StableDiffusionModel  # noqa: E402
 from comfyui_mend.engine.types import Compat, Crop, InpaintRequest  # noqa: E402
 from comfyui_mend.nodes.comfy_host import ComfyHost, MendModel  # noqa: E402
 from comfyui_mend.nodes.inpaint import MendInpaint  # noqa: E402
@@ -47,7 +48,7 @@ PLACES = {"picture on the card": (VRAM, CPU), "mask on the card": (CPU, VRAM), "
 
 
 # beside the activations of real pictures a tiny network would weigh nothing, and always fit
-NO_ACTIVATIONS = {"RESERVE": 0, "DENOISER_BYTES": 1e-3, "VAE_ENCODE_BYTES": 1, "VAE_DECODE_BYTES": 1}
+NO_ACTIVATIONS = {"RESERVE": 0, "VAE_ENCODE_BYTES": 1, "VAE_DECODE_BYTES": 1}
 
 
 def expected(channels: int, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -86,6 +87,7 @@ def pictures() -> dict:
             pipeline = tiny_pipeline(in_channels=channels)
             with (
                 mock.patch.multiple(diffusers_model, **NO_ACTIVATIONS),
+                mock.patch.object(StableDiffusionModel, "denoiser_bytes", 1e-3),
                 fake_vram(share * mm.module_size(pipeline.unet), vram_state=state),
                 torch.inference_mode(),
             ):
@@ -103,6 +105,36 @@ def pictures() -> dict:
     return report
 
 
+def bands() -> dict:
+    """The same where the VAE never fits: differences, and the largest input of its convolutions beside the whole's."""
+    image, mask = photo_and_mask()
+    wanted = expected(4, image, mask)
+    report = {}
+    for memory, (share, state) in MEMORIES.items():
+        pipeline = tiny_pipeline(in_channels=4)
+        largest = {}
+
+        def watch(_, inputs, largest=largest):
+            where = str(inputs[0].device)
+            largest[where] = max(largest.get(where, 0), inputs[0].numel())
+
+        for layer in pipeline.vae.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.register_forward_pre_hook(watch)
+        huge = {**NO_ACTIVATIONS, "VAE_ENCODE_BYTES": 2**20, "VAE_DECODE_BYTES": 2**20, "BAND_BYTES": (2**18,)}
+        with (
+            mock.patch.multiple(diffusers_model, **huge),
+            mock.patch.object(StableDiffusionModel, "denoiser_bytes", 1e-3),
+            fake_vram(share * mm.module_size(pipeline.vae), vram_state=state),
+            torch.inference_mode(),
+        ):
+            host = ComfyHost()
+            model = MendModel(engine_model(pipeline, host), host)
+            report[memory] = {"differences": differences(model, image, mask, wanted), "largest": largest}
+            mm.unload_all_models()
+    return report
+
+
 if __name__ == "__main__":
     with torch.no_grad():
-        inside.answer(pictures())
+        inside.answer({"pictures": pictures(), "bands": bands()})

@@ -141,6 +141,15 @@ def lama() -> Case:
 CASES = {f.__name__: f for f in (unet, vae, text_encoder, t5, safety_checker, lama)}
 
 
+PLACEMENTS = (
+    ("full", 10.0, "NORMAL_VRAM"),
+    ("40 %", 0.4, "NORMAL_VRAM"),
+    ("10 %", 0.1, "NORMAL_VRAM"),
+    ("no VRAM", 10.0, "NO_VRAM"),
+)
+"""Room for this many times a module."""
+
+
 def build(name: str) -> tuple[Case, dict[torch.device, Tensor]]:
     """The case with random weights, and what the plain module gives on each device (their attention may differ)."""
     torch.manual_seed(0)
@@ -193,12 +202,7 @@ def placements() -> dict:
     for name in CASES:
         pristine, expected = build(name)
         size = size_of(pristine.module)
-        for label, share, state in (
-            ("full", 10.0, "NORMAL_VRAM"),
-            ("40 %", 0.4, "NORMAL_VRAM"),
-            ("10 %", 0.1, "NORMAL_VRAM"),
-            ("no VRAM", 10.0, "NO_VRAM"),
-        ):
+        for label, share, state in PLACEMENTS:
             case = replace(pristine, module=copy.deepcopy(pristine.module))
             rows = {}
             with fake_vram(share * size, vram_state=state) as vram:
@@ -374,6 +378,36 @@ def dynamic() -> dict:
     return report
 
 
+def eight_bits() -> dict:
+    """ComfyUI told to keep diffusion networks in 8 bits, against a plain network with weights rounded so."""
+    from comfy.cli_args import args
+
+    report = {}
+    with mock.patch.object(args, "fp8_e4m3fn_unet", True):
+        storage = {role.value: ComfyHost().storage(role) for role in Role}
+        report["roles"] = {role: str(dtype) for role, dtype in storage.items() if dtype is not None}
+        report["a precision that was chosen"] = ComfyHost(torch.bfloat16).storage(Role.DENOISER)
+        for label, share, state in PLACEMENTS:
+            case, _ = build("unet")
+            for layer in case.module.modules():
+                if type(layer) in (nn.Linear, nn.Conv2d):
+                    layer.weight.copy_(layer.weight.to(torch.float8_e4m3fn).float())
+            with PretendedDevice():
+                plain = copy.deepcopy(case.module).to(VRAM)
+                expected = {VRAM: case.run(plain, *(x.to(VRAM) for x in case.inputs)).to(CPU)}
+            size = size_of(case.module)
+            with fake_vram(share * size / 4, vram_state=state):
+                managed = ComfyHost().manage(case.module, case.role)
+                report[label] = {
+                    **observe(case, expected, managed),
+                    "stored": sorted({str(tensor.dtype) for tensor in case.module.parameters()}),
+                    "computes in": str(managed.dtype),
+                    "share of memory": managed.patcher.model_size() / size,
+                }
+                mm.unload_all_models()
+    return report
+
+
 class Keeper:
     """Stands in for an InpaintModel: it keeps its modules."""
 
@@ -477,11 +511,14 @@ def host() -> dict:
     latents = torch.randn(2, 4, 8, 8)
     for method in ("Latent2RGB", "NoPreviews"):
         args.preview_method = LatentPreviewMethod[method]
-        progress = ComfyHost().progress(3, "Inpaint")
+        progress = ComfyHost().progress(3, "Inpaint", "SD15")
         progress.update(1, latents)
         progress.update(3, None)
     args.preview_method = LatentPreviewMethod.Latent2RGB
-    ComfyHost().progress(1, "Sixteen channels").update(1, torch.randn(1, 16, 8, 8))
+    ComfyHost().progress(1, "Sixteen channels", "Flux").update(1, torch.randn(1, 16, 8, 8))
+    ComfyHost().progress(1, "Latents of its own").update(1, torch.randn(1, 4, 8, 8))
+    ComfyHost().progress(1, "From a later ComfyUI", "NotYetKnown").update(1, torch.randn(1, 4, 8, 8))
+    report["previews differ"] = preview_colours()
     report["progress"] = [
         [value, total, None if p is None else [p[0], list(p[1].size), p[1].mode, p[2]]] for value, total, p in seen
     ]
@@ -496,6 +533,15 @@ def host() -> dict:
     return {**report, "interrupts": interrupts, "pending": mm.processing_interrupted()}
 
 
+def preview_colours() -> bool:
+    """Whether the same latents look different as another family's."""
+    from comfyui_mend.nodes.comfy_host import ComfyProgress
+
+    latents = torch.randn(1, 4, 8, 8)
+    pictures = [ComfyProgress(1, "", name)._picture(latents)[1].tobytes() for name in ("SD15", "SDXL")]
+    return pictures[0] != pictures[1]
+
+
 CHECKS = (
     placements,
     plain_modules_are_stranded,
@@ -503,6 +549,7 @@ CHECKS = (
     dynamic,
     eviction,
     repeated_loads,
+    eight_bits,
     dropping_the_model,
     inference_mode,
     interruption,

@@ -141,14 +141,17 @@ def test_model_folders_are_comfyuis(found):
 
 def test_progress_carries_previews_where_the_user_wants_them(found):
     preview = ["JPEG", [8, 8], "RGB", 512]
-    # latent2rgb twice, previews switched off twice, then latents that Stable Diffusion's factors do not fit
+    # latent2rgb twice, previews switched off twice, another family's latents, then two that nothing is known of
     assert found["host"]["progress"] == [
         [1, 3, preview],
         [3, 3, None],
         [1, 3, None],
         [3, 3, None],
+        [1, 1, preview],
+        [1, 1, None],
         [1, 1, None],
     ]
+    assert found["host"]["previews differ"]
 
 
 def test_an_interrupt_is_seen_by_the_check_and_by_the_bar(found):
@@ -166,7 +169,31 @@ def pictures(workspace):
     ("memory", "least", "most"), [("full", 1.0, 1.0), ("40 %", 0.2, 0.4), ("10 %", 0.0, 0.1), ("no VRAM", 0.0, 0.0)]
 )
 def test_pictures_are_the_same_however_little_memory_there_is(pictures, channels, memory, least, most):
-    report = pictures[f"{channels} channels, {memory}"]
+    report = pictures["pictures"][f"{channels} channels, {memory}"]
     assert least <= report["most loaded"] <= most
     # as the batch shrinks with the memory, sums are rounded in another order; a picture has 256 levels
     assert {name: difference for name, difference in report["differences"].items() if difference > 2e-4} == {}
+
+
+@pytest.mark.parametrize("memory", ["full", "40 %", "10 %", "no VRAM"])
+def test_a_vae_in_bands_makes_the_same_pictures_on_the_card(pictures, memory):
+    report = pictures["bands"][memory]
+    assert {name: difference for name, difference in report["differences"].items() if difference > 2e-4} == {}
+    # the whole picture of 200x160 has 16 planes
+    assert 0 < report["largest"][ON_THE_CARD] < 16 * 200 * 160 / 2
+    assert set(report["largest"]) == {ON_THE_CARD}
+
+
+@pytest.mark.parametrize("memory", ["full", "40 %", "10 %", "no VRAM"])
+def test_a_network_kept_in_8_bits_computes_with_its_rounded_weights(found, memory):
+    report = found["eight_bits"][memory]
+    assert_exact(report)
+    assert report["stored"] == ["torch.float32", "torch.float8_e4m3fn"]
+    assert report["computes in"] == "torch.float32"
+    # three quarters of the linear layers and convolutions, which are nearly everything
+    assert report["share of memory"] < 0.35
+
+
+def test_only_diffusion_networks_are_kept_in_8_bits(found):
+    assert found["eight_bits"]["roles"] == {"denoiser": "torch.float8_e4m3fn"}
+    assert found["eight_bits"]["a precision that was chosen"] is None
