@@ -18,6 +18,9 @@ SDXL_SCHEDULER = {
     "num_train_timesteps": 1000,
     "steps_offset": 1,
     "timestep_spacing": "leading",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "clip_sample": False,
 }
 CLIP = {
     "bos_token_id": 49406,

@@ -146,7 +146,8 @@ def compare(sd2, embeddings):
     find = folder_embeddings([embeddings], WIDTH, key="clip_h" if sd2 else "clip_l")
 
     def encode(prompts, syntax):
-        return encode_prompts(prompts, tokenizer, text_encoder, torch.device("cpu"), syntax, find)
+        states = encode_prompts(prompts, tokenizer, text_encoder, torch.device("cpu"), syntax, find)
+        return [state.tokens for state in states]
 
     ours = encode(PROMPTS, PromptSyntax.COMFY)
     plain = encode(PROMPTS, PromptSyntax.PLAIN)

@@ -16,6 +16,7 @@ from comfyui_mend.engine.models.parts import load_tokenizer
 from comfyui_mend.engine.models.protocol import Conditioning, PromptSyntax
 from comfyui_mend.engine.models.weight_files import DTYPES, choose_weights, read_header, read_json
 from comfyui_mend.engine.types import InputError, ModelFileError
+from headers import checkpoint_shapes, write_header
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_model, tiny_pipeline
 from tiny_single_file import original_state, original_state_of, save_configs, save_single_file
@@ -446,31 +447,6 @@ def test_a_file_without_a_part_says_which(tmp_path, pipeline, host, prefix, part
 
 
 # --- recognition
-
-
-def write_header(path, shapes, dtype="F16", data=b"", sparse=True):
-    """A safetensors file of these shapes whose data takes no room on disk."""
-    header, offset = {}, 0
-    for key, shape in shapes.items():
-        size = torch.Size(shape).numel() * DTYPES[dtype].itemsize
-        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    raw = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw + data)
-        file.truncate(8 + len(raw) + offset)
-    return path
-
-
-def checkpoint_shapes(context=768, channels=4, text=ldm.CLIP_PREFIX + "text_model."):
-    unet = ldm.UNET_PREFIX
-    return {
-        f"{unet}output_blocks.11.1.transformer_blocks.0.norm1.bias": (320,),
-        f"{unet}input_blocks.0.0.weight": (320, channels, 3, 3),
-        f"{unet}middle_block.1.transformer_blocks.0.attn2.to_k.weight": (1280, context),
-        "first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3),
-        f"{text}embeddings.position_embedding.weight": (77, context),
-    }
 
 
 @pytest.mark.parametrize(
