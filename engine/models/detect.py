@@ -332,7 +332,7 @@ def describe_unet(width: int, channels: int) -> Denoiser:
     what = text.format(title)
     if channels in (5, 7, 8):
         what += f" with {channels} input channels"
-    article = "an" if what[0] in "AEIOU" or what.startswith("SDXL") else "a"
+    article = "an" if what[0].lower() in "aeiou" or what.startswith("SDXL") else "a"
     return Denoiser(family, f"{article} {what}", variant, native=channels in (4, 9))
 
 
