@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from . import control
+from . import compat_flow, control
 from .images import to_bytes
 from .models.protocol import Canvas, Conditioning, InpaintModel, PromptSyntax
 from .sampling import Stopwatch, decode_pixels, denoise, encode_guidance, make_schedule
+from .schedulers import Prediction
 from .types import InpaintRequest, InpaintResult, InputError, Size
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host, seeds: tup
     clock = Stopwatch()
     with clock.phase("prompt"):
         guidance = encode_guidance(request, model, PromptSyntax.PLAIN)
-    schedules = [make_schedule(request, model, size) for _ in request.image]
+    flow = model.facts.prediction_type == Prediction.FLOW
+    plan = compat_flow.make_schedule if flow else make_schedule
+    schedules = [plan(request, model, size) for _ in request.image]
     evaluations = sum(schedule.evaluations for schedule in schedules)
     progress = host.progress(evaluations, "inpaint (diffusers)", model.facts.latent_format)
     results, done = [], 0
@@ -52,6 +55,7 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host, seeds: tup
         with clock.phase("sample"):
             latents = denoise(model, schedule, canvas, guidance, generator, progress, done)
         with clock.phase("decode"):
+            latents = compat_flow.decodable(model, latents) if flow else latents
             results.append(decode_pixels(model, latents).cpu())
         done += schedule.evaluations
     masks = torch.cat([preprocess_mask(mask, size)[:, 0] for mask in request.mask])
@@ -63,8 +67,8 @@ def _cut(canvas: Canvas, source: int, pictures: Tensor) -> Tensor:
 
 
 def target_size(request: InpaintRequest, model: InpaintModel) -> Size:
-    """The requested size, by default the model's own; raises InputError unless it is whole latent cells."""
-    native, cell = model.facts.native_size, model.facts.downscale
+    """The requested size, by default the model's own; raises InputError unless the model can paint it."""
+    native, cell = model.facts.native_size, model.facts.multiple
     size = Size(request.width or native, request.height or native)
     if size.width % cell or size.height % cell:
         raise InputError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ def assemble(
     state = {TOWER + key if TOWER + key in expected else key: tensor for key, tensor in weights.items()}
     # persistent in transformers before 4.31
     buffers = {name for name, _ in module.named_buffers()}
-    _check_keys(expected.keys() - buffers, state.keys(), source)
+    _check_keys(expected.keys() - buffers, expected.keys(), state.keys(), source)
     fitted = {key: _fit(tensor, expected[key].shape, dtype, key, source) for key, tensor in state.items()}
     module.load_state_dict(fitted, strict=False, assign=True)
     _make_position_ids(module)
@@ -39,8 +38,8 @@ def assemble(
     return module.eval().requires_grad_(False)
 
 
-def _check_keys(expected: set[str], found: Any, source: str) -> None:
-    missing, unexpected = sorted(expected - set(found)), sorted(set(found) - expected)
+def _check_keys(needed: Set[str], known: Set[str], found: Set[str], source: str) -> None:
+    missing, unexpected = sorted(needed - found), sorted(found - known)
     if missing or unexpected:
         complaints = [
             f"{len(keys)} weights are {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"

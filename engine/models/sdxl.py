@@ -44,6 +44,14 @@ class TextReader:
     find_embedding: EmbeddingFinder
     layer: TextLayer = PENULTIMATE
 
+    def read(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[PromptStates]:
+        """The states of each prompt, on the CPU."""
+        device = self.encoder.load(RESERVE)
+        states = encode_prompts(
+            prompts, self.tokenizer, self.encoder.module, device, syntax, self.find_embedding, self.layer
+        )
+        return [PromptStates(state.tokens.cpu(), state.pooled.cpu()) for state in states]
+
 
 class SDXLModel(DiffusersModel):
     """SDXL with 4 or 9 channels."""
@@ -65,15 +73,8 @@ class SDXLModel(DiffusersModel):
         self.size_conditioning = size_conditioning
 
     def _encode(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[Embedding]:
-        first, second = (self._read(reader, prompts, syntax) for reader in self.readers)
+        first, second = (reader.read(prompts, syntax) for reader in self.readers)
         return [_join(*states) for states in zip(first, second, strict=True)]
-
-    def _read(self, reader: TextReader, prompts: Sequence[str], syntax: PromptSyntax) -> list[PromptStates]:
-        device = reader.encoder.load(RESERVE)
-        states = encode_prompts(
-            prompts, reader.tokenizer, reader.encoder.module, device, syntax, reader.find_embedding, reader.layer
-        )
-        return [PromptStates(state.tokens.cpu(), state.pooled.cpu()) for state in states]
 
     def _rows(self, state: Tensor, canvas: Canvas) -> Rows:
         """The latents, and of each picture the micro-conditioning [N, 6]."""
