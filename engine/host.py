@@ -81,6 +81,10 @@ class Host(Protocol):
         """Bytes that activations may use on the device that samples."""
         ...
 
+    def total_memory(self) -> int:
+        """Bytes that activations might use there if nothing else did."""
+        ...
+
     def progress(self, total: int, description: str, latent_format: str | None = None) -> Progress:
         """A new bar; ``latent_format`` is the ``ModelFacts.latent_format`` of the previews it will be given."""
         ...
@@ -235,6 +239,11 @@ class LocalHost:
         if self.device.type == "mps":
             return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
         return available_ram()
+
+    def total_memory(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[1]
+        return torch.mps.recommended_max_memory() if self.device.type == "mps" else available_ram()
 
     def progress(self, total: int, description: str, latent_format: str | None = None) -> Progress:
         return TerminalProgress(total, description) if self.show_progress else SilentProgress()

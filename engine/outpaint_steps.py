@@ -353,6 +353,9 @@ class _Share:
     def free_memory(self) -> int:
         return self.host.free_memory()
 
+    def total_memory(self) -> int:
+        return self.host.total_memory()
+
     def progress(self, total: int, description: str, latent_format: str | None = None) -> Progress:
         return _ShareOfBar(self.bar, total, self.start, self.share)
 

@@ -240,6 +240,9 @@ class ComfyHost:
                 return int(patcher.get_free_memory(device))
         return int(mm.get_free_memory(device))
 
+    def total_memory(self) -> int:
+        return int(mm.get_total_memory(mm.get_torch_device()))
+
     def progress(self, total: int, description: str, latent_format: str | None = None) -> ComfyProgress:
         return ComfyProgress(total, description, latent_format)
 

@@ -47,9 +47,7 @@ class Embedding:
 
     def zeros(self) -> Embedding:
         """What stands for no prompt at all."""
-        return Embedding(
-            torch.zeros_like(self.tokens), None if self.pooled is None else torch.zeros_like(self.pooled)
-        )
+        return Embedding(torch.zeros_like(self.tokens), None if self.pooled is None else torch.zeros_like(self.pooled))
 
 
 class DiffusersModel(ABC):
@@ -213,7 +211,9 @@ class DiffusersModel(ABC):
         module: Any = self.vae.module
         channels = sum(module.config.get("block_out_channels", ())[:2]) or VAE_CHANNELS
         per_row = int(bytes_per_pixel * size.width * size.height * self.vae.dtype.itemsize * channels / VAE_CHANNELS)
-        self.vae.load(per_row + RESERVE)
+        # what can never fit would drive everything else out of memory, and the VAE's own weights with it
+        hopeless = per_row + RESERVE > self._host.total_memory()
+        self.vae.load((BAND_BYTES[0] * 2 if hopeless else per_row) + RESERVE)
         free = self._host.free_memory() - RESERVE
         wholes = halved(min(len(inputs), free // per_row)) if free >= per_row else []
         bands: list[Form] = []

@@ -15,6 +15,7 @@ def test_memory_that_torch_holds_without_using_it_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
     assert LocalHost(CARD).free_memory() == 100 + 700 - 200
+    assert LocalHost(CARD).total_memory() == 1000
 
 
 def test_without_a_card_main_memory_is_what_counts(monkeypatch, tmp_path):

@@ -29,6 +29,8 @@ class Little(LocalHost):
     def free_memory(self):
         return self.free
 
+    total_memory = free_memory
+
 
 def out_of_memory(*_):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -203,6 +205,18 @@ def test_a_vae_that_would_not_fit_runs_in_bands_at_once(monkeypatch, caplog):
     monkeypatch.setattr(diffusers_model, "BAND_BYTES", (2**40, 2**19, 1))
     assert float((paint(model) - whole).abs().max()) < SAME
     assert caplog.messages == []
+
+
+def test_what_can_never_fit_is_not_asked_for(monkeypatch):
+    """A host that makes room would drive everything else out of memory for nothing."""
+    asked = []
+    for total in (2**40, RESERVE + MIB):
+        model = model_on(free=total)
+        monkeypatch.setattr(type(model.vae), "load", lambda self, needed, beside=(): asked.append(needed) or CPU)
+        model.decode(torch.zeros(1, 4, 128, 128))
+    per_picture = 2178 * 1024 * 1024 * 4 * 32 // diffusers_model.VAE_CHANNELS
+    assert asked[0] == per_picture + RESERVE
+    assert max(asked[2:]) == 2 * diffusers_model.BAND_BYTES[0] + RESERVE
 
 
 def test_a_vae_that_cannot_be_taken_apart_says_what_to_lower(monkeypatch):
