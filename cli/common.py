@@ -30,7 +30,7 @@ FILLS = ("neutral", "edge", "mirror", "blur", "noise", "telea", "navier-stokes",
 MASK_CHANNELS = ("luminance", "alpha")
 DTYPES = ("float32", "float16", "bfloat16")
 
-KINDS = ("checkpoints", "diffusers", "embeddings", "safety_checker")
+KINDS = ("checkpoints", "diffusers", "diffusion_models", "embeddings", "safety_checker", "text_encoders", "vae")
 """Subfolders of a models folder, in ComfyUI's layout."""
 MODELS_VARIABLE = "MEND_MODELS"
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..engine.host import Host, LocalHost
+    from ..engine.models.family import LoadOptions
     from ..engine.models.protocol import InpaintModel
     from ..engine.safety import SafetyChecker
     from ..engine.types import InpaintRequest, InpaintResult
@@ -60,6 +61,7 @@ SIGMAS = ("default", "karras", "exponential", "beta")
 CROPS = ("auto", "off", "each")
 BLENDS = ("auto", "linear", "multiband", "poisson")
 COMPATS = ("off", "diffusers")
+SIZE_CONDITIONINGS = ("canvas", "picture")
 SAFETY_ACTIONS = ("black", "blur", "pass")
 
 RANDOM_SEEDS = 2**32
@@ -131,7 +133,16 @@ def paint(
     notices: list[str] = []
     with clock("load", timings):
         checker = _safety_checker(arguments, host, notices)
-        model = load_model(path, host, config=arguments.config, prediction_type=arguments.prediction_type)
+        model = load_model(
+            path,
+            host,
+            config=arguments.config,
+            family=arguments.family,
+            prediction_type=arguments.prediction_type,
+            vae=arguments.vae,
+            text_encoders=arguments.text_encoder,
+            options=_load_options(arguments),
+        )
     result = (painter or inpaint)(request, model, host)
     timings |= result.timings
 
@@ -151,7 +162,9 @@ def paint(
             images = _judge(arguments, images, checker, report)
     with clock("write", timings):
         for picture, output, seed in zip(images, outputs, result.seeds, strict=True):
-            made = made_by(arguments, **_parameters(request, seed, path), **(settings or {}))
+            made = made_by(
+                arguments, **_parameters(request, seed, path), **_model_settings(arguments), **(settings or {})
+            )
             write(arguments, output, picture, made, inputs)
     return report | {"timings": rounded(timings)}
 
@@ -168,6 +181,23 @@ def _request(arguments: argparse.Namespace, image: Tensor, mask: Tensor, sampler
     return InpaintRequest(**{"seed": secrets.randbelow(RANDOM_SEEDS), **flags, **pictures})
 
 
+def _model_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags that change what a model file means, where they were given."""
+    flags = {name: getattr(arguments, name, None) for name in ("family", "prediction_type", "clip_skip", "vae")}
+    flags["size_conditioning"] = getattr(arguments, "size_conditioning", None)
+    flags["text_encoders"] = [str(path) for path in arguments.text_encoder] or None
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _load_options(arguments: argparse.Namespace) -> LoadOptions:
+    from ..engine.models.family import LoadOptions, SizeConditioning
+
+    flags = given(arguments, LoadOptions)
+    if "size_conditioning" in flags:
+        flags["size_conditioning"] = SizeConditioning(flags["size_conditioning"])
+    return LoadOptions(**flags)
+
+
 def _check_schedule(request: InpaintRequest) -> None:
     """Refuse a scheduler, spacing or strength before the model is loaded; its config cannot make them right."""
     from ..engine.schedulers import plan
@@ -182,6 +212,7 @@ def _parameters(request: InpaintRequest, seed: int, model: Path) -> dict[str, An
         "model": model.name,
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
+        "zero_negative": request.zero_negative,
         "scheduler": request.scheduler,
         "sigmas": request.sigmas.value,
         "steps": request.steps,
@@ -266,6 +297,12 @@ def add_diffusion(parser: argparse.ArgumentParser, resizable: bool = True) -> No
     prompts = parser.add_argument_group("prompt")
     add_field(prompts, "-p", "--prompt", metavar="TEXT", help="what the masked area should show; (word:1.2) stresses")
     add_field(prompts, "--negative-prompt", metavar="TEXT", help="what it should not show")
+    add_field(
+        prompts,
+        "--zero-negative",
+        action="store_true",
+        help="an empty negative prompt is zeros, as diffusers has it for SDXL",
+    )
 
     sampling = parser.add_argument_group("sampling")
     add_field(
@@ -299,6 +336,18 @@ def add_diffusion(parser: argparse.ArgumentParser, resizable: bool = True) -> No
         "--config", type=Path, metavar="DIR", help="a diffusers folder whose configs replace the model's"
     )
     model.add_argument("--prediction-type", **which(("epsilon", "v_prediction"), "what the model predicts"))
+    model.add_argument("--family", metavar="NAME", help="what the model is, where its file misleads: sd1, sdxl, ...")
+    model.add_argument("--vae", type=Path, metavar="PATH", help="a file or folder in place of the model's VAE")
+    model.add_argument(
+        "--text-encoder",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="one that the model lacks, or in place of its own; can be repeated",
+    )
+    add_field(model, "--clip-skip", type=int, metavar="N", help="text encoder layer, 1 the last (default: its own)")
+    add_field(model, "--size-conditioning", **which(SIZE_CONDITIONINGS, "what SDXL is told of (default: canvas)"))
 
     safety = parser.add_argument_group("safety")
     safety.add_argument(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -11,7 +13,9 @@ from comfy_api.latest import io, ui
 
 from ..engine.models.detect import PREDICTION_TYPES
 from ..engine.models.download import DownloadBar, Variant, check_names, pull
-from ..engine.models.load import CONFIG_SUFFIX, available_models, load_model
+from ..engine.models.families import FAMILIES, supported
+from ..engine.models.family import MAX_CLIP_SKIP, LoadOptions, SizeConditioning
+from ..engine.models.load import CONFIG_SUFFIX, available_models, find_files, load_model
 from ..engine.types import InputError, ModelFileError
 from .comfy_host import ComfyHost, MendModel
 from .convert import ModelType
@@ -25,18 +29,76 @@ FOLDERS_HINT = (
     " page, or use Download Model (Mend)"
 )
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""Inputs for files of their own, in any order."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a user may settle about a model, beside which it is."""
+
+    prediction_type: str | None = None
+    precision: str = AUTO
+    family: str | None = None
+    vae: Path | None = None
+    text_encoders: tuple[Path, ...] = ()
+    options: LoadOptions = field(default_factory=LoadOptions)
+
+    @classmethod
+    def of(cls, inputs: dict[str, Any]) -> Choices:
+        """From the node's optional inputs; raises ModelFileError for a file that is gone."""
+
+        def chosen(name: str) -> str | None:
+            value = inputs.get(name, AUTO)
+            return None if value == AUTO else value
+
+        files = (_file("text_encoders", chosen(name)) for name in TEXT_ENCODERS)
+        return cls(
+            prediction_type=chosen("prediction_type"),
+            precision=inputs.get("precision", AUTO),
+            family=chosen("family"),
+            vae=_file("vae", chosen("vae")),
+            text_encoders=tuple(file for file in files if file is not None),
+            options=LoadOptions(
+                clip_skip=inputs.get("clip_skip", 0),
+                size_conditioning=SizeConditioning(inputs.get("size_conditioning", SizeConditioning.CANVAS.value)),
+            ),
+        )
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (*((self.vae,) if self.vae else ()), *self.text_encoders)
+
+
+def _file(kind: str, name: str | None) -> Path | None:
+    if name is None:
+        return None
+    path = find_files(ComfyHost(), kind).get(name)
+    if path is None:
+        raise ModelFileError(f"{name} is not in models/{kind} any more: choose another file, or auto.")
+    return path
+
+
 # weak: a model that no output holds leaves memory, as ComfyUI's cache expects
-_loaded: WeakValueDictionary[tuple[Path, str, str, str], MendModel] = WeakValueDictionary()
+_loaded: WeakValueDictionary[tuple[Path, Choices, tuple[str, ...]], MendModel] = WeakValueDictionary()
 
 
-def load_shared(path: Path, prediction_type: str = AUTO, precision: str = AUTO) -> MendModel:
-    """The model at ``path``; while an output holds it, the same options give the same object."""
-    key = (path, file_stamp(path), prediction_type, precision)
+def load_shared(path: Path, choices: Choices = Choices()) -> MendModel:
+    """The model at ``path``; while an output holds it, the same choices give the same object."""
+    key = (path, choices, tuple(file_stamp(file) for file in (path, *choices.files)))
     model = _loaded.get(key)
     if model is None:
-        host = ComfyHost(PRECISIONS[precision])
-        chosen = None if prediction_type == AUTO else prediction_type
-        model = _loaded[key] = MendModel(load_model(path, host, prediction_type=chosen), host)
+        host = ComfyHost(PRECISIONS[choices.precision])
+        loaded = load_model(
+            path,
+            host,
+            family=choices.family,
+            prediction_type=choices.prediction_type,
+            vae=choices.vae,
+            text_encoders=choices.text_encoders,
+            options=choices.options,
+        )
+        model = _loaded[key] = MendModel(loaded, host)
     return model
 
 
@@ -51,23 +113,34 @@ def file_stamp(path: Path) -> str:
 class MendLoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        host = ComfyHost()
         return io.Schema(
             node_id="MendLoadModel",
             display_name="Load Model (Mend)",
             category="Mend",
             description=(
-                "Loads Stable Diffusion 1.x or 2.x, an inpainting model or an ordinary one, from a diffusers folder or"
-                " a single .safetensors file, without any network."
+                f"Loads {supported()}, an inpainting model or an ordinary one, from a diffusers folder, a single"
+                " .safetensors file or split files, without any network. Models of other families, and quantised ones:"
+                " ComfyUI's own loaders and Wrap Model (Mend)."
             ),
-            search_aliases=["checkpoint", "diffusers", "stable diffusion", "inpainting model", "loader", "safetensors"],
+            search_aliases=[
+                "checkpoint",
+                "diffusers",
+                "stable diffusion",
+                "sdxl",
+                "inpainting model",
+                "loader",
+                "safetensors",
+            ],
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=list(available_models(ComfyHost())),
+                    options=list(available_models(host)),
                     tooltip=(
-                        "Folders in models/diffusers and .safetensors files in models/checkpoints. Models made for"
-                        " inpainting (9 input channels) follow the surroundings best. mend-shapes comes with the pack"
-                        " and paints coloured shapes only, for trying things out."
+                        "Folders in models/diffusers and .safetensors files in models/checkpoints and"
+                        " models/diffusion_models; a file of the latter needs its text encoders and VAE below. Models"
+                        " made for inpainting (9 input channels) follow the surroundings best. mend-shapes comes with"
+                        " the pack and paints coloured shapes only, for trying things out."
                     ),
                 ),
                 io.Combo.Input(
@@ -89,6 +162,59 @@ class MendLoadModel(io.ComfyNode):
                     optional=True,
                     advanced=True,
                 ),
+                io.Combo.Input(
+                    "vae",
+                    options=[AUTO, *find_files(host, "vae")],
+                    default=AUTO,
+                    tooltip="A file in models/vae in place of the model's own VAE.",
+                    optional=True,
+                    advanced=True,
+                ),
+                *(
+                    io.Combo.Input(
+                        name,
+                        options=[AUTO, *find_files(host, "text_encoders")],
+                        default=AUTO,
+                        tooltip=(
+                            "A file in models/text_encoders for a model that comes without, or to swap one. The order"
+                            " does not matter: each goes where it fits."
+                        ),
+                        optional=True,
+                        advanced=True,
+                    )
+                    for name in TEXT_ENCODERS
+                ),
+                io.Int.Input(
+                    "clip_skip",
+                    default=0,
+                    min=0,
+                    max=MAX_CLIP_SKIP,
+                    tooltip=(
+                        "Which layer of the CLIP text encoder is read, counted from its last as 1. 0 is the family's"
+                        " own: 1 for Stable Diffusion, 2 for SDXL."
+                    ),
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "size_conditioning",
+                    options=[conditioning.value for conditioning in SizeConditioning],
+                    default=SizeConditioning.CANVAS.value,
+                    tooltip=(
+                        "What SDXL is told of the size of the picture. canvas: that of what it paints. picture: that"
+                        " of the whole picture, and where in it the painted part lies."
+                    ),
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "family",
+                    options=[AUTO, *FAMILIES],
+                    default=AUTO,
+                    tooltip="What the model is. auto reads it from the file; set it where that fails.",
+                    optional=True,
+                    advanced=True,
+                ),
             ],
             outputs=[ModelType.Output("model", tooltip="For Inpaint (Mend).")],
         )
@@ -103,16 +229,20 @@ class MendLoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, **options: str) -> str:
+    def fingerprint_inputs(cls, model: str, **inputs: Any) -> str:
         path = available_models(ComfyHost()).get(model)
-        return "" if path is None else file_stamp(path)
+        try:
+            files = (path, *Choices.of(inputs).files)
+        except ModelFileError:
+            return ""
+        return " ".join("" if file is None else file_stamp(file) for file in files)
 
     @classmethod
-    def execute(cls, model: str, prediction_type: str = AUTO, precision: str = AUTO) -> io.NodeOutput:
+    def execute(cls, model: str, **inputs: Any) -> io.NodeOutput:
         path = available_models(ComfyHost()).get(model)
         if path is None:
             raise ModelFileError(f"{model} is not there any more: choose another model, or {FOLDERS_HINT}.")
-        return io.NodeOutput(load_shared(path, prediction_type, precision))
+        return io.NodeOutput(load_shared(path, Choices.of(inputs)))
 
 
 class MendDownloadModel(io.ComfyNode):
@@ -123,9 +253,9 @@ class MendDownloadModel(io.ComfyNode):
             display_name="Download Model (Mend)",
             category="Mend",
             description=(
-                "Downloads a Stable Diffusion 1.x or 2.x repository from huggingface.co into models/diffusers and loads"
-                " it: only the files that run, only safetensors, hashes checked, resumed after an interruption. Once"
-                " it is there, nothing is asked of the network again."
+                "Downloads a Stable Diffusion 1.x, 2.x or XL repository from huggingface.co into models/diffusers and"
+                " loads it: only the files that run, only safetensors, hashes checked, resumed after an interruption."
+                " Once it is there, nothing is asked of the network again."
             ),
             search_aliases=["huggingface", "hugging face", "hub", "pull", "fetch model", "download checkpoint"],
             inputs=[

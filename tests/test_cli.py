@@ -19,6 +19,7 @@ from comfyui_mend.engine.fill import NETWORKS, FillMethod
 from comfyui_mend.engine.host import LocalHost
 from comfyui_mend.engine.inpaint import inpaint
 from comfyui_mend.engine.models.detect import SHIPPED
+from comfyui_mend.engine.models.family import SizeConditioning
 from comfyui_mend.engine.models.load import load_model
 from comfyui_mend.engine.outpaint import SIDES, Anchor, Fitting
 from comfyui_mend.engine.outpaint_steps import GrowthOptions
@@ -568,6 +569,7 @@ def test_the_choices_spelled_out_are_the_engines():
         (paint.CROPS, Crop),
         (paint.COMPATS, Compat),
         (paint.BLENDS, Blend),
+        (paint.SIZE_CONDITIONINGS, SizeConditioning),
         (common.FILLS, FillMethod),
         (common.NETWORK_FILLS, NETWORKS),
         (paint.SAFETY_ACTIONS, SafetyAction),

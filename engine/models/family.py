@@ -28,6 +28,10 @@ TRANSFORMERS_STEM = "model"
 """What the names of a part's weight files begin with."""
 
 
+MAX_CLIP_SKIP = 24
+"""Deeper than any text encoder is read."""
+
+
 class SizeConditioning(str, Enum):
     """What an SDXL network is told of the size and place of what it paints."""
 
@@ -46,8 +50,10 @@ class LoadOptions:
     size_conditioning: SizeConditioning = SizeConditioning.CANVAS
 
     def __post_init__(self) -> None:
-        if not 0 <= self.clip_skip <= 24:
-            raise InputError(f"clip_skip is {self.clip_skip}; give a value from 1 to 24, or 0 for the model's own.")
+        if not 0 <= self.clip_skip <= MAX_CLIP_SKIP:
+            raise InputError(
+                f"clip_skip is {self.clip_skip}; give a value from 1 to {MAX_CLIP_SKIP}, or 0 for the model's own."
+            )
 
 
 @dataclass(frozen=True)

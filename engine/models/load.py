@@ -207,21 +207,38 @@ def check_folder(folder: Path, family: str | None = None) -> Family:
     return chosen
 
 
+MODEL_KINDS = ("checkpoints", "diffusion_models")
+"""Folders of single files that may be models."""
+
+
 def find_models(host: Host) -> dict[str, Path]:
     """Everything that may be a model, sorted by its menu name: its place below the folder it was found in.
 
-    diffusers folders in "diffusers", .safetensors files in "checkpoints"; nothing is opened. Where two folders hold
-    the same name, the host's first wins.
+    diffusers folders in "diffusers", .safetensors files in "checkpoints" and "diffusion_models"; nothing is opened.
+    Where two folders hold the same name, the first wins.
     """
     found: dict[str, Path] = {}
     for root in host.model_folders("diffusers"):
         for folder in _pipelines_below(root):
             found.setdefault(folder.relative_to(root).as_posix(), folder)
-    for root in host.model_folders("checkpoints"):
+    for kind in MODEL_KINDS:
+        for name, path in find_files(host, kind).items():
+            found.setdefault(name, path)
+    return _sorted(found)
+
+
+def find_files(host: Host, kind: str) -> dict[str, Path]:
+    """The .safetensors files in the host's folders of one kind ("vae", "text_encoders", ...), by their menu names."""
+    found: dict[str, Path] = {}
+    for root in host.model_folders(kind):
         for folder, _, names in walk(root):
             for name in names:
                 if name.lower().endswith(".safetensors") and not name.startswith("."):
                     found.setdefault((folder / name).relative_to(root).as_posix(), folder / name)
+    return _sorted(found)
+
+
+def _sorted(found: Mapping[str, Path]) -> dict[str, Path]:
     return dict(sorted(found.items(), key=lambda entry: entry[0].casefold()))
 
 
