@@ -11,15 +11,24 @@ from comfyui_mend.engine.host import LocalHost
 from comfyui_mend.engine.models import ldm, modules, parts, weight_files
 from comfyui_mend.engine.models.detect import CONFIGS, recognise
 from comfyui_mend.engine.models.families import supported
+from comfyui_mend.engine.models.family import LoadOptions
 from comfyui_mend.engine.models.load import find_models, find_parts, load_model
 from comfyui_mend.engine.models.parts import load_tokenizer
 from comfyui_mend.engine.models.protocol import Conditioning, PromptSyntax
 from comfyui_mend.engine.models.weight_files import DTYPES, choose_weights, read_header, read_json
-from comfyui_mend.engine.types import InputError, ModelFileError
+from comfyui_mend.engine.sampling import encode_guidance
+from comfyui_mend.engine.types import InpaintRequest, InputError, ModelFileError
 from headers import checkpoint_shapes, write_header
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_model, tiny_pipeline
-from tiny_single_file import original_state, original_state_of, save_configs, save_single_file
+from tiny_single_file import (
+    original_state,
+    original_state_of,
+    original_unet,
+    original_vae,
+    save_configs,
+    save_single_file,
+)
 
 
 def part_config(name, part):
@@ -444,6 +453,114 @@ def test_a_file_without_a_part_says_which(tmp_path, pipeline, host, prefix, part
     rewrite(path, lambda state: {key: value for key, value in state.items() if not key.startswith(prefix)})
     with pytest.raises(ModelFileError, match=f"tiny.safetensors holds a UNet but no {part}: choose .* full checkpoint"):
         load_model(path, host)
+
+
+# --- parts of one's own
+
+
+@pytest.fixture(scope="module")
+def other():
+    """Another VAE for the same model, which shows which of the two is in use."""
+    return tiny_pipeline(seed=9).vae
+
+
+def save_state(path, state):
+    save_file({key: value.contiguous().clone() for key, value in state.items()}, path)
+    return path
+
+
+def assert_same_vae(model, expected):
+    found, expected = model.vae.module.state_dict(), expected.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    "spelling", ["original", "original, prefixed", "diffusers", "folder", "pipeline", "checkpoint"]
+)
+@pytest.mark.parametrize("base", ["folder", "file"])
+def test_a_vae_is_replaced_from_any_layout(tmp_path, folder, pipeline, other, host, spelling, base):
+    path = tmp_path / "other.safetensors"
+    if spelling.startswith("original"):
+        save_state(path, original_vae(other, "first_stage_model." if "prefixed" in spelling else ""))
+    elif spelling == "diffusers":
+        save_state(path, other.state_dict())
+    elif spelling == "folder":
+        other.save_pretrained(path := tmp_path / "other")
+    else:
+        whole = tiny_pipeline(seed=3)
+        whole.vae = other
+        path = tmp_path / "whole" if spelling == "pipeline" else tmp_path / "whole.safetensors"
+        whole.save_pretrained(path) if spelling == "pipeline" else save_single_file(path, whole)
+    model_path = folder if base == "folder" else save_single_file(tmp_path / "tiny.safetensors", pipeline)
+    model = load_model(model_path, host, vae=path)
+    assert_same_vae(model, other)
+    with pytest.raises(AssertionError):
+        assert_same_vae(model, pipeline.vae)
+    unet = model.denoiser.module.state_dict()
+    assert all(torch.equal(unet[key], value) for key, value in pipeline.unet.state_dict().items())
+
+
+def test_what_is_no_vae_of_this_family_is_refused(tmp_path, folder, other, host):
+    unet = write_header(tmp_path / "unet.safetensors", {"input_blocks.0.0.weight": (4, 4, 3, 3)})
+    with pytest.raises(ModelFileError, match=r"unet.safetensors is a diffusion model .*, where a VAE belongs"):
+        load_model(folder, host, vae=unet)
+    flux = write_header(tmp_path / "ae.safetensors", {"decoder.conv_in.weight": (512, 16, 3, 3)})
+    with pytest.raises(ModelFileError, match=r"ae.safetensors is a VAE of 16 channels where .* 1.x has 4"):
+        load_model(folder, host, vae=flux)
+    other.save_pretrained(tmp_path / "sdxl-vae")
+    path = tmp_path / "sdxl-vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "scaling_factor": 0.13025}))
+    with pytest.raises(
+        ModelFileError, match=r"sdxl-vae is the VAE of another family \(scaling_factor is 0.13025 where"
+    ):
+        load_model(folder, host, vae=tmp_path / "sdxl-vae")
+    path.write_text(json.dumps({"_class_name": "AutoencoderTiny"}))
+    with pytest.raises(ModelFileError, match="sdxl-vae is a VAE of type AutoencoderTiny; supported is AutoencoderKL"):
+        load_model(folder, host, vae=tmp_path / "sdxl-vae")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_split_files_of_stable_diffusion_load(tmp_path, pipeline, host, prefix):
+    unet = save_state(tmp_path / "unet.safetensors", original_unet(pipeline.unet, prefix))
+    vae = save_state(tmp_path / "vae.safetensors", original_vae(pipeline.vae, ""))
+    clip = save_state(tmp_path / "clip.safetensors", pipeline.text_encoder.state_dict())
+    save_configs(tmp_path / "unet-config", pipeline)
+    assert_same_weights(load_model(unet, host, vae=vae, text_encoders=[clip]), pipeline)
+
+
+def test_a_text_encoder_is_swapped(tmp_path, folder, pipeline, host):
+    swapped = tiny_pipeline(seed=4).text_encoder
+    clip = save_state(tmp_path / "clip.safetensors", swapped.state_dict())
+    found = load_model(folder, host, text_encoders=[clip]).text_encoder.module.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in swapped.state_dict().items())
+
+
+@pytest.mark.parametrize("skip", [1, 2, 3])
+def test_clip_skip_counts_layers_from_the_last_as_one(folder, pipeline, host, skip):
+    model = load_model(folder, host, options=LoadOptions(clip_skip=skip))
+    ids = pipeline.tokenizer("a red fox", padding="max_length", return_tensors="pt").input_ids
+    encoder = pipeline.text_encoder
+    with torch.no_grad():
+        hidden = encoder(ids, output_hidden_states=True).hidden_states[-skip]
+        expected = getattr(encoder, "text_model", encoder).final_layer_norm(hidden)
+    (found,) = model.encode_prompt(["a red fox"], PromptSyntax.PLAIN)
+    torch.testing.assert_close(found.tokens, expected, rtol=0, atol=1e-6)
+    (plain,) = load_model(folder, host).encode_prompt(["a red fox"], PromptSyntax.PLAIN)
+    assert torch.equal(plain.tokens, found.tokens) == (skip == 1)
+
+
+def test_a_negative_of_zeros_is_asked_for(folder, host):
+    """Only where there is nothing to encode."""
+    model = load_model(folder, host)
+    image = torch.zeros(1, 64, 64, 3)
+
+    def negative(**options):
+        request = InpaintRequest(image=image, mask=image[..., 0], **options)
+        return encode_guidance(request, model, PromptSyntax.COMFY).negative.tokens
+
+    assert not negative(zero_negative=True).any()
+    assert negative().any()
+    assert torch.equal(negative(zero_negative=True, negative_prompt="fog"), negative(negative_prompt="fog"))
 
 
 # --- recognition
