@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..engine.host import Role, SilentProgress, TerminalProgress
 from ..engine.models.protocol import InpaintModel
+from ..engine.models.t5 import TOKENIZER_FOLDERS
 
 SWAPPED_LAYERS = (
     "Linear",
@@ -250,6 +251,9 @@ class ComfyHost:
         mm.throw_exception_if_processing_interrupted()
 
     def model_folders(self, kind: str) -> Sequence[Path]:
+        if kind == TOKENIZER_FOLDERS:
+            # ComfyUI brings T5's, which files of FLUX and Stable Diffusion 3 cannot hold
+            return [Path(comfy.utils.__file__).parent / "text_encoders" / "t5_tokenizer"]
         if kind not in folder_paths.folder_names_and_paths:
             return []
         return [Path(folder) for folder in folder_paths.get_folder_paths(kind)]

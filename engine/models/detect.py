@@ -391,11 +391,15 @@ def _sd3(keys: Keys) -> Denoiser | None:
         )
     else:
         return None
+    return _describe_sd3(channels, dual, normed or width == 38 * 64)
+
+
+def _describe_sd3(channels: int, dual: bool, normed: bool) -> Denoiser:
     if channels not in (0, 16):
         return Denoiser("sd3", f"a Stable Diffusion 3 model with {channels} input channels", "other")
     if dual:
         return Denoiser("sd3", "a Stable Diffusion 3.5 Medium model", "3.5-medium", native=True)
-    if normed or width == 38 * 64:
+    if normed:
         return Denoiser("sd3", "a Stable Diffusion 3.5 Large model", "3.5-large", native=True)
     return Denoiser("sd3", "a Stable Diffusion 3 model", "3-medium", native=True)
 
@@ -492,4 +496,7 @@ def _configured_transformer(config: Mapping[str, Any]) -> Denoiser:
         variant, what = _FLUX_INPUTS.get(config.get("in_channels", 64), ("other", what))
         if variant == "dev" and not config.get("guidance_embeds", False):
             variant, what = "schnell", "a FLUX schnell model"
+    elif family == "sd3":
+        normed = config.get("qk_norm") is not None
+        return _describe_sd3(config.get("in_channels", 16), bool(config.get("dual_attention_layers")), normed)
     return Denoiser(family, what, variant, native=bool(family))
