@@ -106,24 +106,24 @@ class NativeModel:
 
     # -- prompts and pictures
 
-    def encode_prompt(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[Cond]:
+    def encode_prompt(self, prompts: Sequence[str | None], syntax: PromptSyntax) -> list[Cond]:
         """See InpaintModel. The last prompt is the one to follow, one before it the one to avoid.
 
         PLAIN takes parentheses literally; unlike diffusers ComfyUI reads a long prompt to its end.
         """
         given = [self._positive] if len(prompts) == 1 else [self._negative, self._positive]
         if syntax is PromptSyntax.PLAIN:
-            prompts = [re.sub(r"([()])", r"\\\1", prompt) for prompt in prompts]
+            prompts = [prompt and re.sub(r"([()])", r"\\\1", prompt) for prompt in prompts]
         return [self._encode(text) if cond is None else cond for text, cond in zip(prompts, given, strict=True)]
 
-    def _encode(self, text: str) -> Cond:
+    def _encode(self, text: str | None) -> Cond:
         if self.clip is None:
             raise InputError(
                 "A prompt is to be read and there is no CLIP: connect one to Wrap Model (Mend), or conditioning to both"
                 " positive and negative."
             )
-        cond: Cond = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
-        return cond
+        cond: Cond = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text or ""))
+        return _zeroed(cond) if text is None else cond
 
     def encode_image(self, pixels: Tensor) -> Posterior:
         """See InpaintModel. ComfyUI's VAE gives the mean alone, so a sample of the posterior is its mean."""
@@ -200,6 +200,15 @@ class NativeModel:
         if self.facts.embedded_guidance:
             cond = with_values(cond, keep=True, guidance=guidance_scale)
         return cond
+
+
+def _zeroed(cond: Cond) -> Cond:
+    """Conditioning of zeros, the pooled prompt included."""
+    pooled = "pooled_output"
+    return [
+        [torch.zeros_like(tokens), {**more, **({pooled: torch.zeros_like(more[pooled])} if pooled in more else {})}]
+        for tokens, more in cond
+    ]
 
 
 class _LoopSampler(comfy.samplers.Sampler):  # type: ignore[misc]
