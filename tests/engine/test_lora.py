@@ -1,0 +1,587 @@
+"""LoRA files: each kind against its formula, each spelling against the others, and what fits nowhere."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from comfyui_mend.engine.host import LocalHost, Role
+from comfyui_mend.engine.models import ldm
+from comfyui_mend.engine.models.load import load_model
+from comfyui_mend.engine.models.lora import Lora, LoraStack, Network, decompose
+from comfyui_mend.engine.models.lora_file import read_lora
+from comfyui_mend.engine.models.protocol import PromptSyntax
+from comfyui_mend.engine.types import InputError, ModelFileError
+from safetensors.torch import save_file
+from tiny import tiny_pipeline
+from tiny_sdxl import save_tiny_sdxl, tiny_sdxl
+
+CPU = LocalHost(torch.device("cpu"))
+ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+CONVOLUTION = "down_blocks.0.resnets.0.conv1"
+PROJECTION = "down_blocks.1.attentions.0.proj_in"
+FORWARD = "up_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj"
+LAYERS = (ATTENTION, CONVOLUTION, PROJECTION, FORWARD)
+TEXT = "encoder.layers.1.self_attn.q_proj"
+RANK = 4
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def model_folder(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def unet_network(pipeline, dtype=torch.float32):
+    return Network("unet", pipeline.unet.state_dict(), dict(pipeline.unet.config), dtype)
+
+
+def text_network(encoder, name="text_encoder"):
+    state = {key.removeprefix("text_model."): value for key, value in encoder.state_dict().items()}
+    return Network(name, state, encoder.config.to_dict(), torch.float32)
+
+
+def draw(seed=0):
+    """Small random tensors of any shape."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator) * 0.2
+
+
+def factors(weight, seed=0):
+    """(down, up) of a LoRA for a weight [out, in] or [out, in, h, w]."""
+    random = draw(seed)
+    ones = (1,) * (weight.ndim - 2)
+    return random(RANK, *weight.shape[1:]), random(weight.shape[0], RANK, *ones)
+
+
+def product(down, up):
+    """up @ down, written as the two layers are applied, one after the other."""
+    if down.ndim == 2:
+        return torch.einsum("or,ri->oi", up, down)
+    return torch.einsum("or,rikl->oikl", up[:, :, 0, 0], down)
+
+
+def kohya(layers, alpha=8.0, prefix="lora_unet_"):
+    """{layer: (down, up)} as kohya's trainers write it."""
+    state = {}
+    for layer, (down, up) in layers.items():
+        name = prefix + layer.replace(".", "_")
+        state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        if alpha is not None:
+            state[f"{name}.alpha"] = torch.tensor(alpha)
+    return state
+
+
+def write(path, state, metadata=None):
+    save_file({key: value.contiguous() for key, value in state.items()}, path, metadata=metadata)
+    return path
+
+
+@pytest.fixture
+def style(tmp_path, pipeline):
+    """A LoRA of alpha 8 for a few layers, and what it holds."""
+    weights = pipeline.unet.state_dict()
+    layers = {layer: factors(weights[f"{layer}.weight"], n) for n, layer in enumerate(LAYERS)}
+    return write(tmp_path / "style.safetensors", kohya(layers)), layers
+
+
+def fused(network, *loras, model="tiny"):
+    stack = LoraStack(loras, model)
+    weights = stack.fuse(network)
+    return weights, stack.finish()
+
+
+def relative(expected, found):
+    return float((expected - found).abs().max() / expected.abs().max())
+
+
+# --- the formulas
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, -0.7])
+def test_a_lora_is_added_by_alpha_over_rank(pipeline, style, strength):
+    path, layers = style
+    before = pipeline.unet.state_dict()
+    weights, notices = fused(unet_network(pipeline), Lora(path, strength))
+    assert notices == ()
+    for layer, (down, up) in layers.items():
+        change = strength * 8 / RANK * product(down, up)
+        expected = before[f"{layer}.weight"] + change.reshape(before[f"{layer}.weight"].shape)
+        assert relative(expected, weights[f"{layer}.weight"]) <= 1e-6
+        assert relative(expected, before[f"{layer}.weight"]) > 1e-2
+    changed = {key for key in before if not torch.equal(before[key], weights[key])}
+    assert changed == {f"{layer}.weight" for layer in layers}
+
+
+def test_the_network_computes_what_the_layers_beside_it_would(pipeline, style):
+    """W x + alpha / rank * up(down(x)), the definition, applied by hooks and not by weights."""
+    path, layers = style
+    unet = tiny_pipeline().unet
+    inputs = (torch.randn(1, 9, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor(500.0))
+    prompt = torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(2))
+
+    def branch(down, up):
+        def add(module, args, output):
+            (x,) = args
+            if down.ndim == 2:
+                return output + 2 * (x @ down.T @ up.T)
+            padding = module.padding if isinstance(module, torch.nn.Conv2d) else 0
+            hidden = torch.nn.functional.conv2d(x, down, padding=padding)
+            return output + 2 * torch.nn.functional.conv2d(hidden, up)
+
+        return add
+
+    with torch.no_grad():
+        plain = unet(*inputs, prompt)[0]
+        handles = [unet.get_submodule(name).register_forward_hook(branch(*pair)) for name, pair in layers.items()]
+        expected = unet(*inputs, prompt)[0]
+        for handle in handles:
+            handle.remove()
+        unet.load_state_dict(fused(unet_network(pipeline), Lora(path))[0])
+        found = unet(*inputs, prompt)[0]
+    assert relative(expected, found) <= 5e-6
+    assert relative(expected, plain) > 1e-2
+
+
+def test_strength_0_is_the_model_bit_for_bit(pipeline, style):
+    path, _ = style
+    before = pipeline.unet.state_dict()
+    weights, _ = fused(unet_network(pipeline), Lora(path, 0), Lora(path, 0, text_strength=1))
+    assert all(torch.equal(before[key], weights[key]) for key in before)
+
+
+def test_several_add_up_in_any_order(pipeline, style, tmp_path):
+    path, layers = style
+    weight = pipeline.unet.state_dict()[f"{ATTENTION}.weight"]
+    second = factors(weight, 9)
+    other = write(tmp_path / "other.safetensors", kohya({ATTENTION: second}, alpha=None))
+    first, _ = fused(unet_network(pipeline), Lora(path, 0.5), Lora(other, 2))
+    expected = weight + 0.5 * 2 * product(*layers[ATTENTION]) + 2 * product(*second)
+    assert relative(expected, first[f"{ATTENTION}.weight"]) <= 1e-6
+    swapped, _ = fused(unet_network(pipeline), Lora(other, 2), Lora(path, 0.5))
+    assert relative(first[f"{ATTENTION}.weight"], swapped[f"{ATTENTION}.weight"]) <= 1e-6
+
+
+def test_half_precision_is_rounded_once(pipeline, style):
+    path, layers = style
+    weight = pipeline.unet.state_dict()[f"{ATTENTION}.weight"]
+    weights, _ = fused(unet_network(pipeline, torch.float16), Lora(path))
+    exact = weight + 2 * product(*layers[ATTENTION])
+    assert weights[f"{ATTENTION}.weight"].dtype == torch.float16
+    step = exact.abs() * 2**-11 + 2**-25
+    assert ((weights[f"{ATTENTION}.weight"].float() - exact).abs() <= step * 1.001).all()
+    twice = (weight.half() + (2 * product(*layers[ATTENTION])).half()).float()
+    assert not ((twice - exact).abs() <= step * 1.001).all()
+
+
+def special(kind, weight):
+    """(tensors of a layer, the change they stand for) by the papers' formulas, entry by entry."""
+    random, (out, into), kernel = draw(5), weight.shape[:2], weight.shape[2:]
+    flat = weight[0].numel()
+    if kind == "mid":
+        down, mid, up = random(RANK, into, 1, 1), random(RANK, RANK, *kernel), random(out, RANK, 1, 1)
+        change = torch.einsum("or,rshw,si->oihw", up[..., 0, 0], mid, down[..., 0, 0])
+        return {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up}, change
+    if kind == "loha":
+        a, b, c, d = random(out, RANK), random(RANK, flat), random(out, RANK), random(RANK, flat)
+        change = torch.stack([(a[o] @ b) * (c[o] @ d) for o in range(out)])
+        return {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d}, change
+    if kind == "loha with a kernel":
+        one, two = ((random(RANK, RANK, *kernel), random(RANK, out), random(RANK, into)) for _ in range(2))
+        rebuilt = [torch.einsum("pqhw,po,qi->oihw", t, a, b) for t, a, b in (one, two)]
+        tensors = {}
+        for number, (t, a, b) in ((1, one), (2, two)):
+            tensors |= {f"hada_t{number}": t, f"hada_w{number}_a": a, f"hada_w{number}_b": b}
+        return tensors, rebuilt[0] * rebuilt[1]
+    rows, columns = 4, 4
+    small, a, b = random(rows, columns), random(out // rows, RANK), random(RANK, into // columns)
+    large = a @ b
+    if kind == "lokr with a kernel":
+        a, b, t = random(RANK, out // rows), random(RANK, into // columns), random(RANK, RANK, *kernel)
+        large = torch.einsum("pqhw,po,qi->oihw", t, a, b)
+        tensors = {"lokr_w1": small, "lokr_w2_a": a, "lokr_w2_b": b, "lokr_t2": t}
+    else:
+        tensors = {"lokr_w1": small, "lokr_w2_a": a, "lokr_w2_b": b}
+    blocks = [torch.cat([small[r, c] * large for c in range(columns)], dim=1) for r in range(rows)]
+    return tensors, torch.cat(blocks)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [
+        ("mid", CONVOLUTION),
+        ("loha", FORWARD),
+        ("loha", CONVOLUTION),
+        ("loha with a kernel", CONVOLUTION),
+        ("lokr", FORWARD),
+        ("lokr with a kernel", CONVOLUTION),
+    ],
+)
+def test_locon_loha_and_lokr_follow_their_formulas(tmp_path, pipeline, kind, layer):
+    before = pipeline.unet.state_dict()[f"{layer}.weight"]
+    tensors, change = special(kind, before)
+    name = "lora_unet_" + layer.replace(".", "_")
+    state = {f"{name}.{key}": value for key, value in tensors.items()} | {f"{name}.alpha": torch.tensor(2.0)}
+    weights, _ = fused(unet_network(pipeline), Lora(write(tmp_path / "x.safetensors", state)))
+    expected = before + 2 / RANK * change.reshape(before.shape)
+    assert relative(expected, weights[f"{layer}.weight"]) <= 1e-6
+    assert relative(expected, before) > 1e-3
+
+
+def test_a_lokr_without_a_low_rank_ignores_alpha(tmp_path, pipeline):
+    weight = pipeline.unet.state_dict()[f"{ATTENTION}.weight"]
+    small, large = draw()(4, 4), draw(1)(weight.shape[0] // 4, weight.shape[1] // 4)
+    name = "lora_unet_" + ATTENTION.replace(".", "_")
+    state = {f"{name}.lokr_w1": small, f"{name}.lokr_w2": large, f"{name}.alpha": torch.tensor(1e10)}
+    weights, _ = fused(unet_network(pipeline), Lora(write(tmp_path / "x.safetensors", state)))
+    assert relative(weight + torch.kron(small, large), weights[f"{ATTENTION}.weight"]) <= 1e-6
+
+
+@pytest.mark.parametrize("layer", [ATTENTION, CONVOLUTION])
+@pytest.mark.parametrize("spelling", ["rows", "inputs", "peft"])
+def test_dora_normalises_the_sum(tmp_path, pipeline, layer, spelling):
+    """m (W + dW) / |W + dW| and not |W|, which is what ComfyUI divides by; strength goes from W to it."""
+    weight = pipeline.unet.state_dict()[f"{layer}.weight"]
+    down, up = factors(weight)
+    axes = [axis for axis in range(weight.ndim) if axis != (1 if spelling == "inputs" else 0)]
+    magnitude = torch.linalg.vector_norm(weight, dim=axes, keepdim=True) * (1 + draw(3)(1))
+    direction = weight + 2 * product(down, up)
+    trained = magnitude * direction / torch.linalg.vector_norm(direction, dim=axes, keepdim=True)
+    state = kohya({layer: (down, up)})
+    name = "lora_unet_" + layer.replace(".", "_")
+    if spelling == "peft":
+        shape = (-1,) if weight.ndim == 2 else (1, -1, 1, 1)
+        state[f"{name}.lora_magnitude_vector.weight"] = magnitude.reshape(shape)
+    else:
+        state[f"{name}.dora_scale"] = magnitude
+    path = write(tmp_path / "x.safetensors", state)
+    for strength in (1, 0.4):
+        weights, _ = fused(unet_network(pipeline), Lora(path, strength))
+        expected = weight + strength * (trained - weight)
+        assert relative(expected, weights[f"{layer}.weight"]) <= 2e-6
+    by_the_weight = magnitude * direction / torch.linalg.vector_norm(weight, dim=axes, keepdim=True)
+    assert relative(trained, by_the_weight) > 1e-2
+    assert torch.isfinite(decompose(torch.zeros(3, 2), torch.ones(3, 1))).all()
+
+
+def test_whole_differences_are_added_to_weights_and_biases(tmp_path, pipeline):
+    state = pipeline.unet.state_dict()
+    change, bias = draw()(*state[f"{CONVOLUTION}.weight"].shape), draw()(*state[f"{CONVOLUTION}.bias"].shape)
+    norm = draw()(*state["conv_norm_out.weight"].shape)
+    name = "lora_unet_" + CONVOLUTION.replace(".", "_")
+    file = {f"{name}.diff": change, f"{name}.diff_b": bias, "lora_unet_conv_norm_out.w_norm": norm}
+    weights, _ = fused(unet_network(pipeline), Lora(write(tmp_path / "x.safetensors", file), 0.5))
+    assert torch.equal(weights[f"{CONVOLUTION}.weight"], state[f"{CONVOLUTION}.weight"] + 0.5 * change)
+    assert torch.equal(weights[f"{CONVOLUTION}.bias"], state[f"{CONVOLUTION}.bias"] + 0.5 * bias)
+    assert torch.equal(weights["conv_norm_out.weight"], state["conv_norm_out.weight"] + 0.5 * norm)
+
+
+def test_the_first_layer_of_an_inpainting_model_takes_the_ordinary_models_change(tmp_path, pipeline):
+    weight = pipeline.unet.state_dict()["conv_in.weight"]
+    down, up = factors(weight[:, :4])
+    path = write(tmp_path / "x.safetensors", kohya({"conv_in": (down, up)}, alpha=None))
+    weights, _ = fused(unet_network(pipeline), Lora(path))
+    assert relative(weight[:, :4] + product(down, up), weights["conv_in.weight"][:, :4]) <= 1e-6
+    assert torch.equal(weights["conv_in.weight"][:, 4:], weight[:, 4:])
+
+
+# --- the spellings
+
+
+def spelled(layers, spelling, config):
+    """The same LoRA without alpha as other programs write it."""
+    originals = {ours: theirs for theirs, ours in ldm.unet_names(config).items()}
+    state = {}
+    for layer, (down, up) in layers.items():
+        original = ldm.rename(layer, originals)
+        down_key, up_key = {
+            "diffusers": (f"unet.{layer}.lora.down.weight", f"unet.{layer}.lora.up.weight"),
+            "peft": (f"unet.{layer}.lora_A.weight", f"unet.{layer}.lora_B.weight"),
+            "peft alone": (f"base_model.model.{layer}.lora_A.weight", f"base_model.model.{layer}.lora_B.weight"),
+            "peft named": (f"unet.{layer}.lora_A.default.weight", f"unet.{layer}.lora_B.default.weight"),
+            "bare": (f"{layer}.lora_linear_layer.down.weight", f"{layer}.lora_linear_layer.up.weight"),
+            "original": (f"diffusion_model.{original}.lora_A.weight", f"diffusion_model.{original}.lora_B.weight"),
+            "kohya, original": tuple(
+                f"lora_unet_{original.replace('.', '_')}.{end}" for end in ("lora_down.weight", "lora_up.weight")
+            ),
+            "lycoris": tuple(
+                f"lycoris_{layer.replace('.', '_')}.{end}" for end in ("lora_down.weight", "lora_up.weight")
+            ),
+        }[spelling]
+        state |= {down_key: down, up_key: up}
+    return state
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["diffusers", "peft", "peft alone", "peft named", "bare", "original", "kohya, original", "lycoris"],
+)
+def test_every_spelling_is_the_same_bit_for_bit(tmp_path, pipeline, style, spelling):
+    _, layers = style
+    config = dict(pipeline.unet.config)
+    expected, _ = fused(unet_network(pipeline), Lora(write(tmp_path / "kohya.safetensors", kohya(layers, alpha=None))))
+    state = spelled(layers, spelling, config)
+    weights, notices = fused(unet_network(pipeline), Lora(write(tmp_path / "x.safetensors", state)))
+    assert notices == () and all(torch.equal(expected[key], weights[key]) for key in expected)
+
+
+def test_attention_processors_of_old_diffusers(tmp_path, pipeline):
+    block = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    weights = pipeline.unet.state_dict()
+    layers = {f"{block}.{name}": factors(weights[f"{block}.{name}.weight"]) for name in ("to_q", "to_out.0")}
+    old = {}
+    for layer, (down, up) in layers.items():
+        name = layer.removeprefix(f"{block}.").removesuffix(".0")
+        old |= {
+            f"unet.{block}.processor.{name}_lora.down.weight": down,
+            f"unet.{block}.processor.{name}_lora.up.weight": up,
+        }
+    expected, _ = fused(unet_network(pipeline), Lora(write(tmp_path / "a.safetensors", kohya(layers, None))))
+    found, _ = fused(unet_network(pipeline), Lora(write(tmp_path / "b.safetensors", old)))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({"unet.r": RANK, "unet.lora_alpha": 8}, 2),
+        ({"lora_alpha": 8}, 2),
+        ({"unet.lora_alpha": 8, "unet.use_rslora": True}, 4),
+        ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn2.to_k": 2}}, 0.5),
+        ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_k": 2}}, 2),
+        ({"text_encoder.lora_alpha": 8}, 1),
+        ({}, 1),
+    ],
+    ids=str,
+)
+def test_alpha_is_read_from_pefts_metadata(tmp_path, pipeline, settings, scale):
+    weight = pipeline.unet.state_dict()[f"{ATTENTION}.weight"]
+    down, up = factors(weight)
+    state = spelled({ATTENTION: (down, up)}, "peft", dict(pipeline.unet.config))
+    path = write(tmp_path / "x.safetensors", state, {"lora_adapter_metadata": json.dumps(settings)})
+    weights, _ = fused(unet_network(pipeline), Lora(path))
+    assert relative(weight + scale * product(down, up), weights[f"{ATTENTION}.weight"]) <= 1e-6
+
+
+def test_sdxl_by_both_names_with_both_text_encoders(tmp_path):
+    pipeline = tiny_sdxl()
+    layer = "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
+    unet = pipeline.unet.state_dict()
+    assert f"{layer}.weight" in unet
+    pair = factors(unet[f"{layer}.weight"])
+    state = kohya({layer.replace("down_blocks.1.attentions.0", "input_blocks.4.1"): pair})
+    encoders = {1: pipeline.text_encoder, 2: pipeline.text_encoder_2}
+    pairs = {}
+    for number, encoder in encoders.items():
+        pairs[number] = factors(text_network(encoder).weights[f"{TEXT}.weight"], number)
+        state |= kohya({f"text_model.{TEXT}": pairs[number]}, prefix=f"lora_te{number}_")
+    path = write(tmp_path / "xl.safetensors", state)
+    folder = save_tiny_sdxl(tmp_path / "xl", pipeline)
+    model = load_model(folder, CPU, loras=[Lora(path, 1, text_strength=0.5)])
+    assert model.notices == ()
+    found = model.denoiser.module.state_dict()[f"{layer}.weight"]
+    assert relative(unet[f"{layer}.weight"] + 2 * product(*pair), found) <= 1e-6
+    for (number, encoder), reader in zip(encoders.items(), model.readers, strict=True):
+        expected = text_network(encoder).weights[f"{TEXT}.weight"] + 0.5 * 2 * product(*pairs[number])
+        assert relative(expected, text_network(reader.encoder.module).weights[f"{TEXT}.weight"]) <= 1e-6
+
+
+def flux_state(random, width=16, context=24):
+    """Layers of a tiny FLUX transformer under diffusers' names."""
+    block, single = "transformer_blocks.0.", "single_transformer_blocks.0."
+    shapes = {f"{block}attn.{name}": (width, width) for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj")}
+    shapes |= {f"{single}attn.{name}": (width, width) for name in ("to_q", "to_k", "to_v")}
+    shapes |= {f"{single}proj_mlp": (4 * width, width), f"{single}proj_out": (width, 5 * width)}
+    shapes |= {"norm_out.linear": (2 * width, width), "context_embedder": (width, context), "x_embedder": (width, 48)}
+    return {f"{name}.weight": random(*shape) for name, shape in shapes.items()}
+
+
+def test_flux_layers_that_files_join_are_parted(tmp_path):
+    random = draw()
+    before = flux_state(random)
+    joined = {
+        "double_blocks.0.img_attn.qkv": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+        "single_blocks.0.linear1": [*(f"single_transformer_blocks.0.attn.to_{x}" for x in "qkv"),
+                                    "single_transformer_blocks.0.proj_mlp"],
+        "single_blocks.0.linear2": ["single_transformer_blocks.0.proj_out"],
+        "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+        "img_in": ["x_embedder"],
+    }  # fmt: skip
+    layers = {
+        name: factors(torch.cat([before[f"{part}.weight"] for part in parts]), n)
+        for n, (name, parts) in enumerate(joined.items())
+    }
+    layers["img_in"] = factors(before["x_embedder.weight"][:, :16])  # of the model that does not inpaint
+    network = Network("transformer", before, {}, torch.float32)
+    for prefix, dots in (("lora_unet_", False), ("diffusion_model.", True)):
+        state = kohya(layers, 2.0, "")
+        if dots:
+            state = {}
+            for name, (down, up) in layers.items():
+                state |= {f"{prefix}{name}.lora_A.weight": down, f"{prefix}{name}.lora_B.weight": up}
+                state[f"{prefix}{name}.alpha"] = torch.tensor(2.0)
+        else:
+            state = {prefix + key: value for key, value in state.items()}
+        weights, notices = fused(network, Lora(write(tmp_path / "flux.safetensors", state)))
+        assert notices == ()
+        for name, parts in joined.items():
+            change = 0.5 * product(*layers[name])
+            if name == "final_layer.adaLN_modulation.1":
+                change = torch.cat(change.chunk(2)[::-1])
+            if name == "img_in":
+                change = torch.nn.functional.pad(change, (0, 32))
+            expected = torch.cat([before[f"{part}.weight"] for part in parts]) + change
+            found = torch.cat([weights[f"{part}.weight"] for part in parts])
+            assert relative(expected, found) <= 1e-6, name
+        untouched = ("transformer_blocks.0.attn.to_out.0.weight", "context_embedder.weight")
+        assert all(torch.equal(before[key], weights[key]) for key in untouched)
+
+
+# --- what fits nowhere
+
+
+def test_what_has_no_place_is_named(tmp_path, pipeline, style):
+    path, layers = style
+    state = kohya(layers) | kohya({"no.such.layer": factors(torch.ones(8, 8))}) | {"bundle_emb.cat": torch.ones(1, 32)}
+    state["lora_unet_down_blocks_9.alpha"] = torch.tensor(1.0)
+    _, notices = fused(unet_network(pipeline), Lora(write(path, state)))
+    (notice,) = notices
+    assert notice.startswith("style.safetensors: 5 of its 17 tensors have no place in tiny and were left out")
+    assert "bundle_emb.cat" in notice and "..." in notice
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ({"double_blocks.0.img_attn.qkv": (48, 16)}, "it seems to be made for FLUX;"),
+        ({"joint_blocks.0.x_block.attn.qkv": (48, 16)}, "Stable Diffusion 3"),
+        ({"transformer_blocks.0.img_mlp.net.2": (16, 16)}, "Qwen-Image"),
+        ({ATTENTION: (64, 2048)}, "is 64 x 2048 where 64 x 32 belongs, it seems to be made for SDXL"),
+        ({"up_blocks.3.attentions.0.transformer_blocks.0.attn2.to_v": (64, 768)}, "Stable Diffusion 1.x"),
+        ({"something": (4, 4)}, "none of its 1 layers is there; choose"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_familys_lora_is_refused(tmp_path, pipeline, layers, words):
+    state = kohya({name: factors(torch.ones(shape)) for name, shape in layers.items()})
+    # the text encoder it comes with would fit
+    encoder = text_network(pipeline.text_encoder)
+    state |= kohya({TEXT: factors(encoder.weights[f"{TEXT}.weight"])}, prefix="lora_te1_text_model_")
+    path = write(tmp_path / "foreign.safetensors", state)
+    with pytest.raises(ModelFileError, match=r"foreign\.safetensors does not fit tiny: ") as error:
+        stack = LoraStack([Lora(path)], "tiny")
+        stack.fuse(unet_network(pipeline))
+        stack.fuse(encoder)
+        stack.finish()
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("lora_unet_x.oft_blocks", "OFT"),
+        ("lora_unet_x.a1.weight", "GLoRA"),
+        ("lora_unet_x.on_input", "IA3"),
+        ("transformer.x.lora_B.bias", "a LoRA with biases"),
+        ("diffusion_model.x.reshape_weight", "replaces weights or their shapes"),
+        ("double_blocks.0.processor.qkv_lora1.down.weight", "XLabs"),
+    ],
+)
+def test_kinds_that_are_not_known_are_refused_by_name(tmp_path, key, words):
+    path = write(tmp_path / "new.safetensors", {key: torch.ones(1), "lora_unet_y.lora_up.weight": torch.ones(1, 1)})
+    with pytest.raises(ModelFileError, match=rf"new\.safetensors is .*{words}.*{re.escape(key)}"):
+        read_lora(path)
+
+
+def test_what_is_no_lora_is_refused(tmp_path):
+    with pytest.raises(ModelFileError, match=r"is not a LoRA \(its first tensor is conv_in\.weight\)"):
+        read_lora(write(tmp_path / "unet.safetensors", {"conv_in.weight": torch.ones(1)}))
+    with pytest.raises(ModelFileError, match="is not a LoRA"):
+        read_lora(write(tmp_path / "alphas.safetensors", {"lora_unet_x.alpha": torch.ones(1)}))
+    (tmp_path / "old.pt").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ModelFileError, match=r"old\.pt is a pickle"):
+        read_lora(tmp_path / "old.pt")
+    with pytest.raises(ModelFileError, match="not there any more"):
+        read_lora(tmp_path / "gone.safetensors")
+
+
+def test_factors_that_do_not_belong_together_are_damage(tmp_path, pipeline):
+    weight = pipeline.unet.state_dict()[f"{ATTENTION}.weight"]
+    down, up = factors(weight)
+    for state in (
+        kohya({ATTENTION: (down, up[:, :2])}),
+        {k: v for k, v in kohya({ATTENTION: (down, up)}).items() if "up" not in k},
+    ):
+        with pytest.raises(ModelFileError, match=r"is damaged: the factors of .*attn2_to_k do not belong together"):
+            fused(unet_network(pipeline), Lora(write(tmp_path / "x.safetensors", state)))
+
+
+def test_a_bias_that_the_layer_lacks(tmp_path, pipeline):
+    name = "lora_unet_" + ATTENTION.replace(".", "_")
+    path = write(tmp_path / "x.safetensors", {f"{name}.diff_b": torch.ones(64)})
+    with pytest.raises(ModelFileError, match="has no bias to change"):
+        fused(unet_network(pipeline), Lora(path))
+
+
+@pytest.mark.parametrize("options", [{"strength": 21}, {"strength": float("nan")}, {"text_strength": -21}], ids=str)
+def test_strengths_out_of_range_are_refused(tmp_path, options):
+    with pytest.raises(InputError, match="give a value from -20"):
+        Lora(tmp_path / "x.safetensors", **options)
+
+
+# --- in a model
+
+
+def test_a_model_is_loaded_with_it_and_says_what_was_left_out(pipeline, model_folder, style):
+    path, layers = style
+    down, up = factors(text_network(pipeline.text_encoder).weights[f"{TEXT}.weight"], 7)
+    state = kohya(layers) | kohya({TEXT: (down, up)}, prefix="lora_te_text_model_") | {"other": torch.ones(1)}
+    write(path, state)
+    plain = load_model(model_folder, CPU)
+    changed = load_model(model_folder, CPU, loras=[Lora(path, 0.5, text_strength=0)])
+    assert (
+        plain.notices == () and len(changed.notices) == 1 and "in tiny and were left out (other)" in changed.notices[0]
+    )
+    weight = pipeline.unet.state_dict()[f"{ATTENTION}.weight"]
+    found = changed.denoiser.module.state_dict()[f"{ATTENTION}.weight"]
+    assert relative(weight + product(*layers[ATTENTION]), found) <= 1e-6
+    # the strengths are apart
+    words = (["a cat"], PromptSyntax.PLAIN)
+    assert torch.equal(plain.encode_prompt(*words)[0].tokens, changed.encode_prompt(*words)[0].tokens)
+    both = load_model(model_folder, CPU, loras=[Lora(path, 0, text_strength=0.5)])
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(plain.denoiser.module.parameters(), both.denoiser.module.parameters(), strict=True)
+    )
+    found = text_network(both.text_encoder.module).weights[f"{TEXT}.weight"]
+    expected = text_network(pipeline.text_encoder).weights[f"{TEXT}.weight"] + product(down, up)
+    assert relative(expected, found) <= 1e-6
+    assert not torch.equal(plain.encode_prompt(*words)[0].tokens, both.encode_prompt(*words)[0].tokens)
+
+
+def test_a_foreign_file_stops_the_load(model_folder, tmp_path):
+    path = write(tmp_path / "flux.safetensors", kohya({"single_blocks.0.linear1": factors(torch.ones(8, 8))}))
+    with pytest.raises(ModelFileError, match="made for FLUX"):
+        load_model(model_folder, CPU, loras=[Lora(path)])
+
+
+def test_the_files_own_weights_are_left_alone(pipeline, model_folder, style):
+    """Another strength starts from the file again: nothing is added to what was added before."""
+    path, _ = style
+    host = replace(CPU)
+    first = load_model(model_folder, host, loras=[Lora(path, 0.3)])
+    second = load_model(model_folder, host, loras=[Lora(path, 0.9)])
+    again = load_model(model_folder, host, loras=[Lora(path, 0.3)])
+    states = [model.denoiser.module.state_dict() for model in (first, second, again)]
+    key = f"{ATTENTION}.weight"
+    assert torch.equal(states[0][key], states[2][key]) and not torch.equal(states[0][key], states[1][key])
+    plain = load_model(model_folder, host).denoiser.module.state_dict()
+    assert torch.equal(plain[key], pipeline.unet.state_dict()[key])
+    assert host.dtype(Role.DENOISER) == torch.float32
