@@ -53,7 +53,7 @@ def tiny_sdxl(in_channels=9, prediction_type="epsilon", sample_size=16, seed=0):
         norm_num_groups=32,
         addition_embed_type="text_time",
         addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=6 * 256 + 24,
+        projection_class_embeddings_input_dim=6 * 256 + 48,
     )
     vae = AutoencoderKL(
         block_out_channels=[32, 32, 64, 64],
@@ -70,7 +70,7 @@ def tiny_sdxl(in_channels=9, prediction_type="epsilon", sample_size=16, seed=0):
         CLIPTextConfig(**CLIP, hidden_size=32, projection_dim=32, num_hidden_layers=4, hidden_act="quick_gelu")
     )
     text_encoder_2 = CLIPTextModelWithProjection(
-        CLIPTextConfig(**CLIP, hidden_size=48, projection_dim=24, num_hidden_layers=5, hidden_act="gelu")
+        CLIPTextConfig(**CLIP, hidden_size=48, projection_dim=48, num_hidden_layers=5, hidden_act="gelu")
     )
     tokenizers = [
         CLIPTokenizer(
