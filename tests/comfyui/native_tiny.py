@@ -100,3 +100,104 @@ def native_vae(vae: Any) -> Any:
     }
     state = {key: value.clone() for key, value in vae.state_dict().items()}
     return comfy.sd.VAE(sd=state, config={"params": {"ddconfig": details, "embed_dim": vae.config.latent_channels}})
+
+
+def native_sdxl(pipeline: Any) -> Any:
+    """The MODEL of a StableDiffusionXLInpaintPipeline from tiny_sdxl.tiny_sdxl."""
+    unet = pipeline.unet.config
+    config = {
+        "image_size": 32,
+        "in_channels": unet.in_channels,
+        "out_channels": 4,
+        "model_channels": 32,
+        "num_res_blocks": [2, 2],
+        "channel_mult": [1, 2],
+        "transformer_depth": [0, 0, 2, 2],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2],
+        "transformer_depth_middle": 2,
+        "context_dim": unet.cross_attention_dim,
+        "use_linear_in_transformer": True,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "adm_in_channels": unet.projection_class_embeddings_input_dim,
+        "num_classes": "sequential",
+        "num_heads": -1,
+        "num_head_channels": 16,
+        "use_temporal_attention": False,
+        "dtype": torch.float32,
+    }
+    settings = comfy.supported_models.SDXL(dict(config))
+    settings.unet_config = config
+    settings.set_inference_dtype(torch.float32, None)
+    model = comfy.model_base.SDXL(settings, comfy.model_base.ModelType.EPS, device=CPU)
+    if unet.in_channels == 9:
+        model.set_inpaint()
+    return patched(model, comfy.utils.unet_to_diffusers(config), pipeline.unet)
+
+
+def native_flux(pipeline: Any) -> Any:
+    """The MODEL of a pipeline from tiny_flow.tiny_flux."""
+    channels = pipeline.transformer.config.in_channels // 4
+    config = {
+        "image_model": "flux",
+        "in_channels": channels,
+        "out_channels": 16,
+        "vec_in_dim": 32,
+        "context_in_dim": 32,
+        "hidden_size": 32,
+        "mlp_ratio": 4.0,
+        "num_heads": 2,
+        "depth": 2,
+        "depth_single_blocks": 2,
+        "axes_dim": [4, 4, 8],
+        "theta": 10000,
+        "patch_size": 2,
+        "qkv_bias": True,
+        "guidance_embed": bool(pipeline.transformer.config.guidance_embeds),
+        "txt_ids_dims": [],
+        "dtype": torch.float32,
+    }
+    dev = config["guidance_embed"]
+    settings = (comfy.supported_models.Flux if dev else comfy.supported_models.FluxSchnell)(dict(config))
+    settings.unet_config = config
+    settings.set_inference_dtype(torch.float32, None)
+    kind = comfy.model_base.ModelType.FLUX if dev else comfy.model_base.ModelType.FLOW
+    model = comfy.model_base.Flux(settings, kind, device=CPU)
+    return patched(model, comfy.utils.flux_to_diffusers(config), pipeline.transformer)
+
+
+def native_sd3(transformer: Any) -> Any:
+    """The MODEL of an SD3Transformer2DModel with heads of 64 channels, as many as layers: ComfyUI's proportion."""
+    own = transformer.config
+    config = {
+        "in_channels": 16,
+        "patch_size": own.patch_size,
+        "depth": own.num_layers,
+        "out_channels": 16,
+        "adm_in_channels": own.pooled_projection_dim,
+        "context_embedder_config": {
+            "target": "torch.nn.Linear",
+            "params": {"in_features": own.joint_attention_dim, "out_features": own.caption_projection_dim},
+        },
+        "input_size": None,
+        "num_patches": own.pos_embed_max_size**2,
+        "pos_embed_max_size": own.pos_embed_max_size,
+        "pos_embed_scaling_factor": None,
+        "dtype": torch.float32,
+    }
+    settings = comfy.supported_models.SD3(dict(config))
+    settings.unet_config = config
+    settings.set_inference_dtype(torch.float32, None)
+    model = comfy.model_base.SD3(settings, device=CPU)
+    return patched(model, comfy.utils.mmdit_to_diffusers(config), transformer)
+
+
+def patched(model: Any, names: dict[str, Any], module: Any) -> Any:
+    """A MODEL whose network has the weights of a diffusers module, by ComfyUI's table of names."""
+    state = {key: value.clone() for key, value in model.diffusion_model.state_dict().items()}
+    for key, value in module.state_dict().items():
+        name, place, change = (names[key], None, None) if isinstance(names[key], str) else (*names[key], None)[:3]
+        value = change(value) if change else value
+        (state[name].narrow(*place) if place else state[name]).copy_(value)
+    model.diffusion_model.load_state_dict(state)
+    return comfy.model_patcher.ModelPatcher(model, CPU, CPU)

@@ -3,7 +3,7 @@
 import pytest
 from workspace import run_inside
 
-GATE, PIXEL_GATE = 2e-5, 1e-4
+GATE, PIXEL_GATE, FAMILY_GATE = 2e-5, 1e-4, 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +20,17 @@ def test_every_scheduler_and_option_agrees_with_diffusers_modules(found):
 def test_the_gate_sees_whole_timesteps_and_missing_surroundings(found):
     assert found["controls"]["whole timesteps"] > GATE
     assert found["controls"]["no surroundings"] > 1e-2
+
+
+@pytest.fixture(scope="module")
+def families(workspace):
+    return run_inside(workspace, "inside_native_families.py")
+
+
+def test_every_family_agrees_with_diffusers_modules(families):
+    assert len(families["parity"]) == 24
+    assert {name: difference for name, difference in families["parity"].items() if difference > FAMILY_GATE} == {}
+    assert min(families["controls"].values()) > 100 * FAMILY_GATE
 
 
 def test_the_picture_is_the_same_however_little_is_loaded(found):

@@ -1,0 +1,130 @@
+"""Runs under ComfyUI's own Python: SDXL, FLUX and Stable Diffusion 3 as ComfyUI's MODEL and as diffusers' modules.
+
+Both are given the same embeddings and autoencoder. Prints relative differences of the latents as one line of JSON;
+test_native.py says how far they may be.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
+
+import inside
+import torch
+
+inside.boot()
+sys.path.insert(0, str(inside.ROOT / "tests"))
+
+from comfy.cli_args import args  # noqa: E402
+
+args.force_fp32 = True
+
+from comfyui_mend.engine.host import LocalHost  # noqa: E402
+from comfyui_mend.engine.inpaint import inpaint  # noqa: E402
+from comfyui_mend.engine.models import flux, sd3  # noqa: E402
+from comfyui_mend.engine.models.protocol import PromptSyntax  # noqa: E402
+from comfyui_mend.engine.types import InpaintRequest  # noqa: E402
+from comfyui_mend.nodes import native as native_module  # noqa: E402
+from comfyui_mend.nodes.native import NativeModel  # noqa: E402
+from native_tiny import native_flux, native_sd3, native_sdxl  # noqa: E402
+from tiny import photo_and_mask  # noqa: E402
+from tiny_flow import make_model, tiny_flux, tiny_sd3  # noqa: E402
+from tiny_sdxl import sdxl_engine_model, tiny_sdxl  # noqa: E402
+
+HOST = LocalHost(torch.device("cpu"))
+
+
+class Borrowed(NativeModel):
+    """ComfyUI's network with the reference's autoencoder, in that one's scale."""
+
+    def __init__(self, patcher, reference, positive, negative):
+        vae = SimpleNamespace(latent_channels=reference.facts.latent_channels, spacial_compression_encode=lambda: 8)
+        super().__init__(patcher, vae, native_size=reference.facts.native_size, positive=positive, negative=negative)
+        self.reference = reference
+
+    def encode_image(self, pixels):
+        return self.reference.encode_image(pixels)
+
+    def decode(self, latents):
+        self.latents = latents
+        return self.reference.decode(latents)
+
+
+def cond(embedding):
+    return [[embedding.tokens, {"pooled_output": embedding.pooled}]]
+
+
+def compare(reference, patcher, **options):
+    reference.facts = replace(reference.facts, native_size=128)
+    negative, positive = reference.encode_prompt(["blurry", "a cat"], PromptSyntax.COMFY)
+    native = Borrowed(patcher, reference, cond(positive), cond(negative))
+    image, mask = photo_and_mask()
+    request = InpaintRequest(
+        image=image, mask=mask, prompt="a cat", negative_prompt="blurry", seed=5, **{"steps": 6, **options}
+    )
+    caught = []
+    decode = reference.decode
+    with mock.patch.object(reference, "decode", lambda latents: (caught.append(latents), decode(latents))[1]):
+        inpaint(request, reference, HOST)
+    inpaint(request, native, HOST)
+    return float((caught[0] - native.latents).abs().max() / caught[0].abs().max())
+
+
+def sdxl():
+    rows = {}
+    for channels in (9, 4):
+        pipeline = tiny_sdxl(in_channels=channels)
+        reference, patcher = sdxl_engine_model(pipeline), native_sdxl(pipeline)
+        for scheduler in ("K_EULER", "DPMSolverMultistep"):
+            # the tiny network's prompt is narrower than the family's, by which its timesteps are known
+            with mock.patch.object(native_module, "SDXL_CONTEXT", pipeline.unet.config.cross_attention_dim):
+                rows[f"sdxl {channels} {scheduler}"] = compare(reference, patcher, scheduler=scheduler)
+                rows[f"sdxl {channels} {scheduler} .6"] = compare(reference, patcher, scheduler=scheduler, strength=0.6)
+    return rows
+
+
+def flows():
+    rows = {}
+    for variant in ("fill", "dev", "schnell"):
+        pipeline = tiny_flux(variant)
+        reference, patcher = make_model(flux, pipeline), native_flux(pipeline)
+        scale = {"guidance_scale": 1.0 if variant == "schnell" else 30.0}
+        for name, options in FLOW_OPTIONS.items():
+            rows[f"flux {variant} {name}"] = compare(reference, patcher, **scale, **options)
+    pipeline = tiny_sd3()
+    torch.manual_seed(1)
+    own = pipeline.transformer.config
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 64, "caption_projection_dim": 128}
+    pipeline.register_modules(transformer=type(pipeline.transformer).from_config({**own, **sizes}).eval())
+    reference, patcher = make_model(sd3, pipeline), native_sd3(pipeline.transformer)
+    for name, options in FLOW_OPTIONS.items():
+        rows[f"sd3 {name}"] = compare(reference, patcher, guidance_scale=5.0, **options)
+    return rows
+
+
+FLOW_OPTIONS = {
+    "euler": {"scheduler": "K_EULER"},
+    "euler .6": {"scheduler": "K_EULER", "strength": 0.6},
+    "dpm": {"scheduler": "DPMSolverMultistep"},
+    "soft": {"scheduler": "K_EULER", "soft": True},
+}
+
+
+def controls():
+    """Differences that the gate must see."""
+    pipeline = tiny_flux("fill")
+    reference, patcher = make_model(flux, pipeline), native_flux(pipeline)
+    rows = {}
+    with mock.patch.object(native_module, "_reads_guidance", lambda model: False):
+        rows["guidance as classifier-free"] = compare(reference, patcher, scheduler="K_EULER", guidance_scale=30.0)
+    shifted = {**native_module.FLUX_SHIFT, "max_shift": 3.0}
+    with mock.patch.object(native_module, "FLUX_SHIFT", shifted):
+        rows["another shift"] = compare(reference, patcher, scheduler="K_EULER", guidance_scale=30.0)
+    return rows
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        inside.answer({"parity": {**sdxl(), **flows()}, "controls": controls()})
