@@ -1,4 +1,4 @@
-"""Fetches Stable Diffusion repositories from the Hugging Face hub: only what runs, only safetensors, hashes checked.
+"""Fetches diffusers' repositories from the Hugging Face hub: only what runs, only safetensors, hashes checked.
 
 A download grows in a hidden folder beside its destination and is renamed when everything in it has the right hash, so
 a half-finished model is never found.
@@ -36,6 +36,8 @@ SUCCESSORS = {
 }
 """Repositories that left the hub, and the copies that took their place."""
 
+DENOISERS = ("unet", "transformer")
+FURTHER_TEXT_ENCODERS = ("text_encoder_2", "text_encoder_3")
 RECORD = ".mend.json"
 """Says, in a finished folder, where it came from."""
 
@@ -89,7 +91,7 @@ def pull(
 ) -> Pulled:
     """Downloads ``repo`` ("author/name") into ``destination / folder`` (by default the repository's name).
 
-    Fetches the configs, the tokenizer and the safetensors weights of UNet, VAE and text encoder, and the safety
+    Fetches the configs, the tokenizers and the safetensors weights of denoiser, VAE and text encoders, and the safety
     checker where asked for. What an interrupted download left is used again. A folder that this repository was
     downloaded to before is returned without a look at the network; any other existing folder is left alone with an
     error. ``progress`` is called with every piece that arrives (10 MiB or less) and may raise to stop: what it raises,
@@ -133,21 +135,23 @@ def choose_files(
     Configs come first, so that a model of another kind is refused before gigabytes arrive, and model_index.json last:
     it is what other programs look for.
     """
-    if "config.json" not in repository.names("unet"):
+    denoiser = next((part for part in DENOISERS if "config.json" in repository.names(part)), None)
+    if denoiser is None:
         raise ModelFileError(
-            f"{repository.id} has no unet/config.json; supported are repositories in diffusers' layout of"
-            f" {supported()}."
+            f"{repository.id} has no unet/config.json and no transformer/config.json; supported are repositories in"
+            f" diffusers' layout of {supported()}."
         )
     notices = []
     configs = ["scheduler/scheduler_config.json"]
     weights = []
     for part, stem in (
-        ("unet", "diffusion_pytorch_model"),
+        (denoiser, "diffusion_pytorch_model"),
         ("vae", "diffusion_pytorch_model"),
         ("text_encoder", "model"),
         ("text_encoder_2", "model"),
+        ("text_encoder_3", "model"),
     ):
-        if part == "text_encoder_2" and "config.json" not in repository.names(part):
+        if part in FURTHER_TEXT_ENCODERS and "config.json" not in repository.names(part):
             continue
         configs.append(f"{part}/config.json")
         weights += _weights(repository, part, stem, variant)

@@ -193,7 +193,7 @@ CLIP = Part(
 T5 = t5_part("text_encoder_2")
 FLUX = Family(
     "flux",
-    "FLUX.1 dev, schnell and Fill",
+    "FLUX.1 (dev, schnell, Fill)",
     (TRANSFORMER, replace(VAE, precision=vae_precision), CLIP, T5),
     by_variant({"dev": "flux-dev", "schnell": "flux-schnell", "fill": "flux-fill"}),
     make,

@@ -439,7 +439,7 @@ def test_a_repository_of_pickles_is_refused(hub, tmp_path):
 @pytest.mark.parametrize(
     ("gone", "message"),
     [
-        ("unet/config.json", "author/tiny has no unet/config.json; supported are repositories in diffusers' layout"),
+        ("unet/config.json", "author/tiny has no unet/config.json and no transformer/config.json; supported are"),
         ("vae/diffusion_pytorch_model.safetensors", "has no vae/diffusion_pytorch_model.safetensors"),
         ("scheduler/scheduler_config.json", "has no scheduler/scheduler_config.json: choose a complete repository"),
     ],

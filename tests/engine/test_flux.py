@@ -11,12 +11,18 @@ import torch.nn.functional as F
 from comfyui_mend.engine import compat_flow, inpaint, schedulers
 from comfyui_mend.engine.host import LocalHost
 from comfyui_mend.engine.models import flux
+from comfyui_mend.engine.models.detect import CONFIGS, recognise, recognise_folder
+from comfyui_mend.engine.models.load import check_folder, find_parts, load_model
 from comfyui_mend.engine.models.modules import assemble
 from comfyui_mend.engine.models.protocol import Conditioning, Posterior, PromptSyntax
+from comfyui_mend.engine.models.weight_files import read_json
 from comfyui_mend.engine.types import Compat, Crop, InpaintRequest, InputError, ModelFileError
+from headers import write_header
 from PIL import Image
+from safetensors.torch import save_file
 from tiny import photo_and_mask
-from tiny_flow import components, make_model, tiny_flux
+from tiny_flow import components, make_model, tiny_flux, tiny_t5, tiny_t5_tokenizer
+from tiny_single_file import original_vae, save_configs
 
 STEPS, SCALE, SEED, SIDE, PROMPT = 8, 30.0, 7, 128, "a red cat on the mat"
 LATENT_GATE, IMAGE_GATE = 1e-5, 5e-5
@@ -442,3 +448,123 @@ def test_a_whole_t5_gives_its_encoder(fill):
     module = assemble(lambda: flux.T5.build(config), flux.T5.read(state, config), torch.float32, "tiny")
     ids = torch.tensor([[5, 6, 1]])
     assert torch.allclose(module(ids)[0], encoder(ids)[0], atol=1e-6)
+
+
+# --- loading
+
+
+def split_files(pipeline, folder, prefix="", whole=False):
+    """The pipeline as ComfyUI's users have it: BFL's file, clip_l, t5xxl and ae, or all of them in one."""
+    config = dict(pipeline.transformer.config)
+    transformer = released(dict(pipeline.transformer.state_dict()), config)
+    clip = {f"text_model.{key.removeprefix('text_model.')}": v for key, v in pipeline.text_encoder.state_dict().items()}
+    clip |= {"logit_scale": torch.tensor(4.6), "text_projection.weight": torch.eye(32)}
+    t5 = {key: v for key, v in pipeline.text_encoder_2.state_dict().items() if key != "encoder.embed_tokens.weight"}
+    parts = {
+        "flux": {prefix + key: value for key, value in transformer.items()},
+        "clip_l": clip,
+        "t5xxl": t5,
+        "ae": original_vae(pipeline.vae, prefix="vae." if whole else ""),
+    }
+    if whole:
+        parts["clip_l"] = {f"text_encoders.clip_l.transformer.{key}": value for key, value in clip.items()}
+        parts["t5xxl"] = {f"text_encoders.t5xxl.transformer.{key}": value for key, value in t5.items()}
+        parts = {"flux": {key: value for part in parts.values() for key, value in part.items()}}
+    paths = {name: folder / f"{name}.safetensors" for name in parts}
+    for name, state in parts.items():
+        save_file({key: value.detach().clone().contiguous() for key, value in state.items()}, paths[name])
+    beside = save_configs(folder / "flux-config", pipeline, ("transformer", "vae", "text_encoder", "text_encoder_2"))
+    pipeline.tokenizer_2.save_pretrained(beside / "tokenizer_2")
+    return paths
+
+
+def loads_the_same(pipeline, model):
+    return relative(ours(pipeline)[0], ours(pipeline, model)[0]) <= LATENT_GATE
+
+
+@pytest.mark.parametrize("variant", ["fill", "schnell"])
+def test_a_folder_loads(variant, request, tmp_path):
+    pipeline = request.getfixturevalue(variant)
+    pipeline.save_pretrained(tmp_path / variant)
+    found = recognise_folder(tmp_path / variant)
+    assert (found.family, found.variant) == ("flux", variant)
+    model = load_model(tmp_path / variant, HOST)
+    assert loads_the_same(pipeline, model)
+    assert model.t5.length == (256 if variant == "schnell" else 512)
+
+
+def test_split_files_load(fill, tmp_path):
+    paths = split_files(fill, tmp_path)
+    texts = [paths["t5xxl"], paths["clip_l"]]
+    assert loads_the_same(fill, load_model(paths["flux"], HOST, vae=paths["ae"], text_encoders=texts))
+    for lacking in ({"vae": paths["ae"], "text_encoders": texts[1:]}, {"text_encoders": texts}):
+        with pytest.raises(ModelFileError, match=r"holds a transformer but no (text encoder 2|VAE)"):
+            load_model(paths["flux"], HOST, **lacking)
+
+
+def test_one_file_of_everything_loads(fill, tmp_path):
+    paths = split_files(fill, tmp_path, prefix="model.diffusion_model.", whole=True)
+    assert loads_the_same(fill, load_model(paths["flux"], HOST))
+
+
+def test_text_encoders_of_other_models_are_refused(fill, tmp_path):
+    paths = split_files(fill, tmp_path)
+    tiny_t5(48).save_pretrained(tmp_path / "other")
+    wrong = tmp_path / "other" / "model.safetensors"
+    with pytest.raises(ModelFileError, match=r"t5 text encoder of width 48, which FLUX\.1 .* does not read"):
+        load_model(paths["flux"], HOST, vae=paths["ae"], text_encoders=[paths["clip_l"], wrong])
+
+
+def test_files_of_full_size_are_told_and_load_unread(tmp_path):
+    """Sparse files of zeros under the published names: 31 GiB that take no room and are never read."""
+    folder = CONFIGS / "flux-fill"
+    with torch.device("meta"):
+        parts = {part.name: part.build(read_json(folder / part.name / "config.json")) for part in flux.FLUX.parts}
+    config = dict(parts["transformer"].config)
+    states = {
+        "flux": released(dict(parts["transformer"].state_dict()), config),
+        "ae": original_vae(parts["vae"], prefix=""),
+        "clip_l": {
+            f"text_model.{k.removeprefix('text_model.')}": v for k, v in parts["text_encoder"].state_dict().items()
+        },
+        "t5xxl": {k: v for k, v in parts["text_encoder_2"].state_dict().items() if k != "encoder.embed_tokens.weight"},
+    }
+    paths = {
+        name: write_header(tmp_path / f"{name}.safetensors", {k: tuple(v.shape) for k, v in state.items()}, "BF16")
+        for name, state in states.items()
+    }
+    found = recognise(paths["flux"])
+    assert (found.family, found.variant) == ("flux", "fill")
+    assert find_parts(paths["flux"]).folder == folder
+    tiny_t5_tokenizer().save_pretrained(tmp_path / "t5")
+    host = LocalHost(torch.device("cpu"), torch.bfloat16, folders={"t5_tokenizer": [tmp_path / "t5"]})
+    model = load_model(paths["flux"], host, vae=paths["ae"], text_encoders=[paths["clip_l"], paths["t5xxl"]])
+    assert model.facts.conditioning is Conditioning.CONCAT
+    for managed, part in ((model.denoiser, "transformer"), (model.t5.encoder, "text_encoder_2"), (model.vae, "vae")):
+        expected = {key: value.shape for key, value in parts[part].state_dict().items()}
+        assert {key: value.shape for key, value in managed.module.state_dict().items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("variant", "millions", "dynamic"),
+    [("dev", 11901.408, True), ("fill", 11902.391, True), ("schnell", 11891.179, False)],
+)
+def test_shipped_configs_have_the_published_sizes(variant, millions, dynamic):
+    folder = CONFIGS / f"flux-{variant}"
+    assert check_folder(folder) is flux.FLUX
+    assert recognise_folder(folder).variant == variant
+    with torch.device("meta"):
+        network = flux.build_transformer(read_json(folder / "transformer" / "config.json"))
+    assert sum(parameter.numel() for parameter in network.parameters()) / 1e6 == pytest.approx(millions, abs=1e-3)
+    assert network.config.guidance_embeds == (variant != "schnell")
+    assert read_json(folder / "scheduler" / "scheduler_config.json")["use_dynamic_shifting"] == dynamic
+    vae = read_json(folder / "vae" / "config.json")
+    assert (vae["scaling_factor"], vae["shift_factor"], vae["latent_channels"]) == (0.3611, 0.1159, 16)
+
+
+def test_a_control_model_is_refused(fill, tmp_path):
+    fill.save_pretrained(tmp_path / "control")
+    path = tmp_path / "control" / "transformer" / "config.json"
+    path.write_text(path.read_text().replace('"in_channels": 384', '"in_channels": 128'))
+    with pytest.raises(ModelFileError, match="FLUX canny or depth model"):
+        load_model(tmp_path / "control", HOST)

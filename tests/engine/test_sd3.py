@@ -10,13 +10,19 @@ import torch
 from comfyui_mend.engine import compat_flow, inpaint, schedulers
 from comfyui_mend.engine.host import LocalHost
 from comfyui_mend.engine.models import sd3
+from comfyui_mend.engine.models.detect import CONFIGS, recognise, recognise_folder
+from comfyui_mend.engine.models.load import check_folder, find_parts, load_model
 from comfyui_mend.engine.models.modules import assemble
 from comfyui_mend.engine.models.protocol import Conditioning, PromptSyntax
 from comfyui_mend.engine.models.sdxl import PENULTIMATE
-from comfyui_mend.engine.types import Compat, Crop, InpaintRequest, InputError
+from comfyui_mend.engine.models.weight_files import read_json
+from comfyui_mend.engine.types import Compat, Crop, InpaintRequest, InputError, ModelFileError
+from headers import write_header
 from PIL import Image
+from safetensors.torch import save_file
 from tiny import photo_and_mask
 from tiny_flow import make_model, tiny_sd3
+from tiny_single_file import original_vae, save_configs
 
 STEPS, SCALE, SEED, SIDE, PROMPT, NEGATIVE = 8, 5.0, 7, 128, "a red cat on the mat", "dog"
 LATENT_GATE, IMAGE_GATE = 1e-5, 5e-5
@@ -330,3 +336,85 @@ def test_the_converter_of_diffusers_reads_the_same(medium, dual):
         mine = sd3.read_transformer(state, config)
         assert theirs.keys() == mine.keys()
         assert all(torch.equal(theirs[key], mine[key]) for key in theirs)
+
+
+# --- loading
+
+
+def checkpoint(pipeline, path, clips=True):
+    """All of a pipeline in one file, as the published ones are, and its configs beside it."""
+    state = {
+        f"model.diffusion_model.{key}": value
+        for key, value in released(dict(pipeline.transformer.state_dict()), dict(pipeline.transformer.config)).items()
+    }
+    state |= original_vae(pipeline.vae)
+    names = ["text_encoder", "text_encoder_2"]
+    for name, key in zip(names, ("clip_l", "clip_g"), strict=True) if clips else ():
+        tower = getattr(pipeline, name).state_dict()
+        state |= {f"text_encoders.{key}.transformer.{inner}": value for inner, value in tower.items()}
+    if pipeline.text_encoder_3 is not None:
+        names.append("text_encoder_3")
+        tower = pipeline.text_encoder_3.state_dict()
+        tower.pop("encoder.embed_tokens.weight")
+        state |= {f"text_encoders.t5xxl.transformer.{inner}": value for inner, value in tower.items()}
+    save_file({key: value.detach().clone().contiguous() for key, value in state.items()}, path)
+    beside = save_configs(path.with_name(f"{path.stem}-config"), pipeline, ("transformer", "vae", *names))
+    if pipeline.tokenizer_3 is not None:
+        pipeline.tokenizer_3.save_pretrained(beside / "tokenizer_3")
+    return path
+
+
+def loads_the_same(pipeline, model):
+    return relative(ours(pipeline)[0], ours(pipeline, model)[0]) <= LATENT_GATE
+
+
+@pytest.mark.parametrize("variant", ["medium", "dual"])
+def test_a_folder_loads_with_t5_or_without(variant, request, tmp_path):
+    pipeline = request.getfixturevalue(variant)
+    pipeline.save_pretrained(tmp_path / variant)
+    model = load_model(tmp_path / variant, HOST)
+    assert (model.t5 is None) == (pipeline.text_encoder_3 is None)
+    assert loads_the_same(pipeline, model)
+
+
+@pytest.mark.parametrize("variant", ["medium", "dual"])
+def test_one_file_loads_with_t5_or_without(variant, request, tmp_path):
+    pipeline = request.getfixturevalue(variant)
+    model = load_model(checkpoint(pipeline, tmp_path / "sd3.safetensors"), HOST)
+    assert (model.t5 is None) == (pipeline.text_encoder_3 is None)
+    assert loads_the_same(pipeline, model)
+
+
+def test_text_encoders_may_be_files_of_their_own(dual, tmp_path):
+    path = checkpoint(dual, tmp_path / "sd3.safetensors", clips=False)
+    texts = []
+    for name in ("text_encoder", "text_encoder_2"):
+        texts.append(tmp_path / f"{name}.safetensors")
+        save_file({key: value.detach().clone() for key, value in getattr(dual, name).state_dict().items()}, texts[-1])
+    assert loads_the_same(dual, load_model(path, HOST, text_encoders=texts))
+    with pytest.raises(ModelFileError, match="holds a transformer but no text encoder 2"):
+        load_model(path, HOST, text_encoders=texts[:1])
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "millions", "largest"),
+    [
+        ("sd3-medium", "3-medium", 2028.328, 3072),
+        ("sd35-medium", "3.5-medium", 2243.172, 6144),
+        ("sd35-large", "3.5-large", 8056.628, 3072),
+    ],
+)
+def test_shipped_configs_have_the_published_sizes(name, variant, millions, largest, tmp_path):
+    folder = CONFIGS / name
+    assert check_folder(folder) is sd3.SD3
+    assert recognise_folder(folder).variant == variant
+    with torch.device("meta"):
+        network = sd3.build_transformer(read_json(folder / "transformer" / "config.json"))
+    assert sum(parameter.numel() for parameter in network.parameters()) / 1e6 == pytest.approx(millions, abs=1e-3)
+    assert network.config.pos_embed_max_size * 16 == largest
+    state = released(dict(network.state_dict()), dict(network.config))
+    path = write_header(tmp_path / "file.safetensors", {key: tuple(value.shape) for key, value in state.items()})
+    assert recognise(path).variant == variant
+    assert find_parts(path).folder == folder
+    vae = read_json(folder / "vae" / "config.json")
+    assert (vae["scaling_factor"], vae["shift_factor"], vae["latent_channels"]) == (1.5305, 0.0609, 16)
