@@ -21,6 +21,7 @@ sys.path.insert(0, str(inside.ROOT / "tests"))
 import comfy.model_management as mm  # noqa: E402
 from comfyui_mend.engine.host import LocalHost  # noqa: E402
 from comfyui_mend.engine.inpaint import inpaint  # noqa: E402
+from comfyui_mend.engine.memory import log  # noqa: E402
 from comfyui_mend.engine.models import diffusers_model  # noqa: E402
 from comfyui_mend.engine.models.diffusers_model import StableDiffusionModel  # noqa: E402
 from comfyui_mend.engine.types import Compat, Crop, InpaintRequest  # noqa: E402
@@ -139,6 +140,30 @@ def bands() -> dict:
     return report
 
 
+def out_of_memory() -> dict:
+    """A card on which the UNet fails on more than one row."""
+    image, mask = photo_and_mask()
+    wanted = expected(9, image, mask, ["new prompt"])
+    pipeline, rows, lines = tiny_pipeline(in_channels=9), [], []
+
+    def fail(_, inputs):
+        rows.append(len(inputs[0]))
+        if rows[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    pipeline.unet.register_forward_pre_hook(fail)
+    with (
+        fake_vram(2.0**40),
+        torch.inference_mode(),
+        mock.patch.object(log, "warning", lambda text, *words: lines.append(text % words)),
+    ):
+        host = ComfyHost()
+        model = MendModel(engine_model(pipeline, host), host)
+        made, _, _ = MendInpaint.execute(model=model, image=image, mask=mask, **COMMON, **RUNS["new prompt"]).result
+        mm.unload_all_models()
+    return {"rows": rows, "difference": float((made - wanted["new prompt"]).abs().max()), "log": lines}
+
+
 if __name__ == "__main__":
     with torch.no_grad():
-        inside.answer({"pictures": pictures(), "bands": bands()})
+        inside.answer({check.__name__: check() for check in (pictures, bands, out_of_memory)})

@@ -29,6 +29,7 @@ import comfy.pinned_memory  # noqa: E402
 import comfy_aimdo.host_buffer  # noqa: E402
 import comfy_aimdo.model_vbar  # noqa: E402
 from comfyui_mend.engine.host import Role  # noqa: E402
+from comfyui_mend.engine.models.tiled_vae import TiledVae  # noqa: E402
 from comfyui_mend.nodes.comfy_host import ComfyHost, ComfyModule, MendModel  # noqa: E402
 
 ENOUGH = 2.0**34
@@ -77,6 +78,17 @@ def vae() -> Case:
         return m.decode(m.encode(pixels).latent_dist.mean, return_dict=False)[0]
 
     return Case(module, Role.VAE, (torch.randn(1, 3, 32, 32),), run)
+
+
+def vae_in_bands() -> Case:
+    """The same, layer by layer over bands of rows that come from main memory and go back there."""
+    case = vae()
+
+    def run(m: nn.Module, pixels: Tensor) -> Tensor:
+        bands = TiledVae(m, pixels.device, 2**16, lambda: None)
+        return bands.decode(bands.encode(pixels).mean).to(pixels.device)
+
+    return replace(case, run=run)
 
 
 def text_encoder() -> Case:
@@ -138,7 +150,7 @@ def lama() -> Case:
     return Case(module, Role.FILL, inputs, lambda m, image, mask: m(image, mask))
 
 
-CASES = {f.__name__: f for f in (unet, vae, text_encoder, t5, safety_checker, lama)}
+CASES = {f.__name__: f for f in (unet, vae, vae_in_bands, text_encoder, t5, safety_checker, lama)}
 
 
 PLACEMENTS = (
@@ -359,7 +371,7 @@ def dynamic() -> dict:
     """The patcher of dynamic VRAM. Not the safety checker: ComfyUI assigns ``.data`` of its bare parameters, which a
     VramTensor cannot take."""
     report = {}
-    for name in ("unet", "vae", "text_encoder", "t5"):
+    for name in ("unet", "vae", "vae_in_bands", "text_encoder", "t5"):
         case, expected = build(name)
         with fake_vram(ENOUGH), dynamic_vram():
             managed = ComfyHost().manage(case.module, case.role)

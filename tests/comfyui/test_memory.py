@@ -3,7 +3,7 @@
 import pytest
 from workspace import run_inside
 
-MODULES = ("unet", "vae", "text_encoder", "t5", "safety_checker", "lama")
+MODULES = ("unet", "vae", "vae_in_bands", "text_encoder", "t5", "safety_checker", "lama")
 ON_THE_CARD = "meta"
 """The name of the pretended graphics card; see inside.VRAM."""
 
@@ -69,7 +69,7 @@ def test_nothing_is_stranded_when_someone_else_loads_the_patcher(found, module):
     assert found["loaded_by_others"][module] == []
 
 
-@pytest.mark.parametrize("module", ["unet", "vae", "text_encoder", "t5"])
+@pytest.mark.parametrize("module", ["unet", "vae", "vae_in_bands", "text_encoder", "t5"])
 def test_dynamic_vram_fetches_each_weight_when_it_is_used(found, module):
     report = found["dynamic"][module]
     assert report["dynamic"]
@@ -182,6 +182,14 @@ def test_a_vae_in_bands_makes_the_same_pictures_on_the_card(pictures, memory):
     # the whole canvas has 32 planes of 128x128
     assert 0 < report["largest"][ON_THE_CARD] < 32 * 128 * 128 / 2
     assert set(report["largest"]) == {ON_THE_CARD}
+
+
+def test_a_card_that_runs_out_of_memory_is_tried_again_with_less(pictures):
+    report = pictures["out_of_memory"]
+    assert report["rows"] == [4, 2, 1, 1, 1, 1, 1, 1, 1, 1]  # two pictures of two branches, twice
+    assert report["difference"] < 2e-4
+    assert len(report["log"]) == 2
+    assert "128x128, one picture at a time; trying again, one picture and one prompt at a time" in report["log"][1]
 
 
 @pytest.mark.parametrize("memory", ["full", "40 %", "10 %", "no VRAM"])
