@@ -6,6 +6,7 @@ is 0 leaves as it came, bit for bit.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
@@ -17,12 +18,15 @@ from . import compat, control, crop, images
 from .crop import CONTEXT, CropOptions, CropPlan
 from .host import Host
 from .masks import bounding_box, to_latent_grid
+from .memory import is_out_of_memory
 from .models.protocol import Canvas, Conditioning, InpaintModel, Place, PromptSyntax
 from .regions import regions
 from .sampling import Stopwatch, decode_pixels, denoise, encode_guidance, make_schedule
 from .schedulers import Schedule
 from .stitch import StitchOptions, stitch
 from .types import MAX_SEED, Compat, Crop, InpaintRequest, InpaintResult, InputError, Size, check_total
+
+log = logging.getLogger("mend")
 
 MAX_BATCH_PIXELS = 64 * 512 * 512
 """Canvas pixels that are worked on together: a float32 RGB copy of them is 200 MB, and there are a few."""
@@ -89,17 +93,25 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host) -> Inpaint
         guidance = encode_guidance(request, model, PromptSyntax.COMFY)
     results = request.image.repeat_interleave(request.count, dim=0)
     groups = batches(jobs, model)
-    schedules = [make_schedule(request, model, group[0].part.plan.canvas) for group in groups]
-    evaluations = sum(schedule.evaluations for schedule in schedules)
+    evaluations = sum(make_schedule(request, model, group[0].part.plan.canvas).evaluations for group in groups)
     progress = host.progress(evaluations, "inpaint", model.facts.latent_format)
     reports: list[tuple[str, ...]] = [()] * len(results)
     done = 0
-    for group, schedule in zip(groups, schedules, strict=True):
-        with clock.phase("encode"):
-            generators = [job.generator for job in group]
-            canvas = prepare_canvas(request, model, group, generators, schedule)
-        with clock.phase("sample"):
-            latents = denoise(model, schedule, canvas, guidance, generators, progress, done)
+    while groups:
+        group = groups.pop(0)
+        schedule = make_schedule(request, model, group[0].part.plan.canvas)
+        generators = [job.generator for job in group]
+        try:
+            with clock.phase("encode"):
+                canvas = prepare_canvas(request, model, group, generators, schedule)
+            with clock.phase("sample"):
+                latents = denoise(model, schedule, canvas, guidance, generators, progress, done)
+        except (RuntimeError, MemoryError) as error:
+            if len(group) == 1 or not is_out_of_memory(error):
+                raise
+            log.warning("Not enough memory for %d pictures together; trying again with half as many.", len(group))
+            groups[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
+            continue
         with clock.phase("decode"):
             painted = decode_pixels(model, latents)
         with clock.phase("paste"):

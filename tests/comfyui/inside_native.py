@@ -146,6 +146,21 @@ def in_memory() -> dict:
     return found
 
 
+def too_large_together() -> dict:
+    """Three pictures where the network takes one at a time, with both branches of the guidance."""
+    reference, native = both(tiny_pipeline(in_channels=9, groups=32))
+    sizes = []
+
+    def watch(_, inputs):
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    native.patcher.model.diffusion_model.register_forward_pre_hook(watch)
+    row = compare(reference, native, count=3, scheduler="K_EULER_ANCESTRAL")
+    return {**row, "sizes": sorted(set(sizes))}
+
+
 # ------------------------------------------------------------------------------------- conditioning that knows places
 
 
@@ -225,5 +240,5 @@ def refusals() -> dict:
 
 if __name__ == "__main__":
     with torch.no_grad():
-        parts = (parity, controls, in_memory, moved_conditioning, refusals)
+        parts = (parity, controls, in_memory, too_large_together, moved_conditioning, refusals)
         inside.answer({part.__name__: part() for part in parts})

@@ -40,6 +40,12 @@ def test_the_picture_is_the_same_however_little_is_loaded(found):
     assert found["in_memory"]["40 %"]["most loaded"] < 0.5
 
 
+def test_pictures_that_do_not_fit_together_are_painted_apart(found):
+    row = found["too_large_together"]
+    assert max(row["sizes"]) == 6 and min(row["sizes"]) == 2
+    assert row["latents"] <= GATE and row["pixels"] <= PIXEL_GATE
+
+
 def test_conditioning_follows_the_crop(found):
     moved = found["moved_conditioning"]
     assert moved["hint"] == 0 and moved["mask"] == 0 and moved["original kept"] and moved["whole"]
