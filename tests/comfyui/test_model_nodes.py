@@ -12,7 +12,7 @@ from fake_hub import FakeHub, published_files
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import save_tiny_model, tiny_pipeline
-from tiny_single_file import save_single_file
+from tiny_single_file import original_unet, original_vae, save_configs, save_single_file
 from workspace import PromptRejectedError, Server
 
 FOLDER = "tiny-folder"
@@ -118,6 +118,24 @@ def test_a_folder_and_a_file_give_the_same_picture(client, models):
     from_folder = picture(client, load(FOLDER))
     assert from_folder.std() > 1
     assert np.array_equal(from_folder, picture(client, load(FILE)))
+
+
+def test_split_files_give_the_same_picture_too(client, models):
+    """As ComfyUI keeps them: diffusion_models, text_encoders and vae."""
+    pipeline = tiny_pipeline(seed=5)
+    parts = {
+        "diffusion_models/tiny-unet.safetensors": original_unet(pipeline.unet, ""),
+        "text_encoders/tiny-clip.safetensors": pipeline.text_encoder.state_dict(),
+        "vae/tiny-vae.safetensors": original_vae(pipeline.vae, ""),
+    }
+    for name, state in parts.items():
+        (models / name).parent.mkdir(exist_ok=True)
+        save_file({key: value.contiguous().clone() for key, value in state.items()}, models / name)
+    save_configs(models / "diffusion_models" / "tiny-unet-config", pipeline)
+    split = {"model": "tiny-unet.safetensors", "text_encoder_2": "tiny-clip.safetensors", "vae": "tiny-vae.safetensors"}
+    source = {"class_type": "MendLoadModel", "inputs": split}
+    assert np.array_equal(picture(client, source), picture(client, load(FOLDER)))
+    assert "holds a UNet but no VAE: choose a VAE file" in refusal(client, "tiny-unet.safetensors")
 
 
 def test_what_is_no_model_is_refused_by_name(client, models):

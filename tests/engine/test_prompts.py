@@ -9,6 +9,7 @@ from comfyui_mend.engine.models.protocol import PromptSyntax
 from comfyui_mend.engine.prompts import (
     Segment,
     SpecialTokens,
+    TextLayer,
     Token,
     encode_prompts,
     folder_embeddings,
@@ -300,6 +301,32 @@ class _Failing(torch.nn.Module):
 
     def forward(self, ids):
         return self.text_encoder(ids)[99]
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("from_end", [1, 2, 3])
+def test_any_layer_is_read_with_or_without_the_last_norm(pipeline, from_end, normed):
+    encoder = pipeline.text_encoder
+    ids = pipeline.tokenizer("a cat", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = encoder(ids, output_hidden_states=True).hidden_states[-from_end]
+        if normed:
+            expected = getattr(encoder, "text_model", encoder).final_layer_norm(expected)
+        pooled = encoder(ids).pooler_output
+
+    def hooks():
+        return sum(len(module._forward_hooks) for module in encoder.modules())
+
+    layer, before = TextLayer(from_end, normed), hooks()
+    arguments = (pipeline.tokenizer, encoder, CPU, PromptSyntax.COMFY, no_embedding, layer)
+    (states,) = encode_prompts(["a cat"], *arguments)
+    assert torch.allclose(states.tokens, expected, rtol=0, atol=1e-6)
+    # of the last layer whatever layer is read, and of the words whatever their weight
+    assert torch.allclose(states.pooled, pooled, rtol=0, atol=1e-6)
+    (weighted,) = encode_prompts(["a (cat:1.4)"], *arguments)
+    assert torch.allclose(weighted.pooled, pooled, rtol=0, atol=1e-6)
+    assert not torch.allclose(weighted.tokens, expected, atol=1e-3)
+    assert hooks() == before
 
 
 def test_half_precision_weights_give_float32_states(pipeline):
