@@ -158,20 +158,26 @@ class TiledVae:
     def _attention(self, attention: Any, x: Plane) -> Plane:
         norm = x.normalised_by(attention.group_norm)
 
-        def heads(states: Tensor) -> Tensor:
-            return states.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        def project(linear: nn.Module, cells: Tensor) -> Tensor:
+            projected: Tensor = linear(cells.flatten(2).transpose(1, 2)).transpose(1, 2)
+            return projected.unflatten(-1, cells.shape[-2:])
 
-        cells = norm(x.values.to(self.device)).flatten(2).transpose(1, 2)
-        keys, values = heads(attention.to_k(cells)), heads(attention.to_v(cells))
+        def heads(cells: Tensor) -> Tensor:
+            return cells.flatten(2).unflatten(1, (attention.heads, -1)).transpose(-1, -2)
+
+        def of_all(linear: nn.Module) -> Tensor:
+            return heads(self._over(lambda band: project(linear, norm(band)), x).values.to(self.device))
+
+        keys, values = of_all(attention.to_k), of_all(attention.to_v)
 
         def attend(band: Tensor) -> Tensor:
-            queries = heads(attention.to_q(norm(band).flatten(2).transpose(1, 2)))
-            found = F.scaled_dot_product_attention(queries, keys, values)
-            mixed = attention.to_out[0](found.transpose(1, 2).flatten(2)).transpose(1, 2)
-            return (mixed.reshape(band.shape) + band) / attention.rescale_output_factor
+            queries = heads(project(attention.to_q, norm(band)))
+            found = F.scaled_dot_product_attention(queries, keys, values).transpose(-1, -2)
+            mixed = project(attention.to_out[0], found.flatten(1, 2).unflatten(-1, band.shape[-2:]))
+            return (mixed + band) / attention.rescale_output_factor
 
         # where torch has no attention in one piece, each of a band's cells has a number for every cell
-        return self._over(attend, x, per_cell=keys.shape[1] * keys.shape[2])
+        return self._over(attend, x, per_cell=attention.heads * keys.shape[-2])
 
     def _plane(self, values: Tensor) -> Plane:
         statistics = Statistics()
