@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import color, compare, crop, fill, inpaint, load, mask, outpaint, safety, wrap
+from . import adapters, color, compare, crop, fill, inpaint, load, mask, outpaint, safety, wrap
 
 
 class MendExtension(ComfyExtension):
@@ -13,6 +13,7 @@ class MendExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             *load.NODES,
+            *adapters.NODES,
             *wrap.NODES,
             *mask.NODES,
             *outpaint.NODES,

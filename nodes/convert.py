@@ -16,6 +16,10 @@ SafetyCheckerType = io.Custom("MEND_SAFETY_CHECKER")
 """Carries an engine.safety.SafetyChecker."""
 CropType = io.Custom("MEND_CROP")
 """Carries an engine.crop_record.CropRecord."""
+ControlNetType = io.Custom("MEND_CONTROLNET")
+"""Carries an adapters.LoadedControlNet."""
+ControlType = io.Custom("MEND_CONTROL")
+"""Carries an adapters.Controls."""
 FillModelType = io.Custom("MEND_FILL_MODEL")
 """Carries a fill.LoadedFillModel."""
 

@@ -11,8 +11,9 @@ from ..engine.inpaint import inpaint
 from ..engine.models.protocol import InpaintModel
 from ..engine.schedulers import SCHEDULERS
 from ..engine.types import MAX_SEED, MAX_SIDE, Blend, Compat, Crop, InpaintRequest, InputError, Sigmas
+from .adapters import Controls, as_controls
 from .comfy_host import MendModel
-from .convert import ModelType, connected
+from .convert import ControlType, ModelType, connected
 from .native import NativeModel
 from .text import show
 
@@ -165,6 +166,14 @@ class MendInpaint(io.ComfyNode):
                     tooltip="In place of the negative prompt, for a model from Wrap Model (Mend).",
                     optional=True,
                 ),
+                ControlType.Input(
+                    "control",
+                    tooltip=(
+                        "From Apply ControlNet (Mend), for models of Load Model (Mend). ComfyUI's own models follow its"
+                        " Apply ControlNet on positive and negative."
+                    ),
+                    optional=True,
+                ),
                 io.Boolean.Input(
                     "soft",
                     default=False,
@@ -260,6 +269,7 @@ class MendInpaint(io.ComfyNode):
         grain: float = 0.0,
         positive: Any = None,
         negative: Any = None,
+        control: Controls | None = None,
     ) -> io.NodeOutput:
         model = connected("model", model, MendModel, "Load Model (Mend) or Wrap Model (Mend)")
         request = InpaintRequest(
@@ -283,6 +293,7 @@ class MendInpaint(io.ComfyNode):
             blend=Blend(blend),
             color_match=color_match,
             grain=grain,
+            controls=as_controls(control),
         )
         result = inpaint(request, conditioned(model, positive, negative), model.host)
         for report in result.reports:

@@ -16,6 +16,7 @@ from ..engine.models.download import DownloadBar, Variant, check_names, pull
 from ..engine.models.families import FAMILIES, supported
 from ..engine.models.family import MAX_CLIP_SKIP, LoadOptions, SizeConditioning
 from ..engine.models.load import CONFIG_SUFFIX, available_models, find_files, load_model
+from ..engine.models.lora import Lora
 from ..engine.types import InputError, ModelFileError
 from .comfy_host import ComfyHost, MendModel
 from .convert import ModelType
@@ -42,6 +43,7 @@ class Choices:
     family: str | None = None
     vae: Path | None = None
     text_encoders: tuple[Path, ...] = ()
+    loras: tuple[Lora, ...] = ()
     options: LoadOptions = field(default_factory=LoadOptions)
 
     @classmethod
@@ -67,7 +69,7 @@ class Choices:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return (*((self.vae,) if self.vae else ()), *self.text_encoders)
+        return (*((self.vae,) if self.vae else ()), *self.text_encoders, *(lora.path for lora in self.loras))
 
 
 def _file(kind: str, name: str | None) -> Path | None:
@@ -79,11 +81,20 @@ def _file(kind: str, name: str | None) -> Path | None:
     return path
 
 
+@dataclass(frozen=True, eq=False)
+class LoadedModel(MendModel):
+    """A model and what it was loaded from, so that it can be loaded again with more."""
+
+    path: Path
+    choices: Choices
+    notices: tuple[str, ...] = ()
+
+
 # weak: a model that no output holds leaves memory, as ComfyUI's cache expects
-_loaded: WeakValueDictionary[tuple[Path, Choices, tuple[str, ...]], MendModel] = WeakValueDictionary()
+_loaded: WeakValueDictionary[tuple[Path, Choices, tuple[str, ...]], LoadedModel] = WeakValueDictionary()
 
 
-def load_shared(path: Path, choices: Choices = Choices()) -> MendModel:
+def load_shared(path: Path, choices: Choices = Choices()) -> LoadedModel:
     """The model at ``path``; while an output holds it, the same choices give the same object."""
     key = (path, choices, tuple(file_stamp(file) for file in (path, *choices.files)))
     model = _loaded.get(key)
@@ -96,9 +107,10 @@ def load_shared(path: Path, choices: Choices = Choices()) -> MendModel:
             prediction_type=choices.prediction_type,
             vae=choices.vae,
             text_encoders=choices.text_encoders,
+            loras=choices.loras,
             options=choices.options,
         )
-        model = _loaded[key] = MendModel(loaded, host)
+        model = _loaded[key] = LoadedModel(loaded, host, path, choices, loaded.notices)
     return model
 
 

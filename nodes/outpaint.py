@@ -23,6 +23,7 @@ from ..engine.outpaint import (
 )
 from ..engine.outpaint_steps import GrowthOptions, outpaint
 from ..engine.types import MAX_SIDE, Blend, InpaintRequest, InputError, Sigmas
+from .adapters import Controls, as_controls
 from .comfy_host import MendModel
 from .convert import FillModelType, ModelType, connected
 from .fill import LoadedFillModel, as_network
@@ -311,6 +312,7 @@ class MendOutpaint(io.ComfyNode):
                 ),
                 *(sampler[name] for name in SAMPLER_OPTIONS),
                 fill_model_input(),
+                sampler["control"],
             ],
             outputs=[
                 io.Image.Output("images", tooltip="The finished pictures."),
@@ -366,6 +368,7 @@ class MendOutpaint(io.ComfyNode):
         color_match: float = 1.0,
         grain: float = 0.0,
         fill_model: LoadedFillModel | None = None,
+        control: Controls | None = None,
     ) -> io.NodeOutput:
         model = connected("model", model, MendModel, "Load Model (Mend)")
         options = GrowthOptions(
@@ -391,6 +394,7 @@ class MendOutpaint(io.ComfyNode):
             blend=Blend(blend),
             color_match=color_match,
             grain=grain,
+            controls=as_controls(control),
         )
         result = outpaint(request, padded.box, model.model, model.host, options)
         for report in result.reports:
