@@ -216,6 +216,16 @@ class MendInpaint(io.ComfyNode):
                     optional=True,
                     advanced=True,
                 ),
+                io.Boolean.Input(
+                    "zero_negative",
+                    default=False,
+                    tooltip=(
+                        "An empty negative prompt is embedded as zeros, as diffusers does for SDXL, instead of being"
+                        " read by the text encoders. Unused where there is a negative prompt."
+                    ),
+                    optional=True,
+                    advanced=True,
+                ),
             ],
             outputs=[
                 io.Image.Output("images", tooltip="The finished pictures."),
@@ -270,6 +280,7 @@ class MendInpaint(io.ComfyNode):
         positive: Any = None,
         negative: Any = None,
         control: Controls | None = None,
+        zero_negative: bool = False,
     ) -> io.NodeOutput:
         model = connected("model", model, MendModel, "Load Model (Mend) or Wrap Model (Mend)")
         request = InpaintRequest(
@@ -294,6 +305,7 @@ class MendInpaint(io.ComfyNode):
             color_match=color_match,
             grain=grain,
             controls=as_controls(control),
+            zero_negative=zero_negative,
         )
         result = inpaint(request, conditioned(model, positive, negative), model.host)
         for report in result.reports:
