@@ -146,6 +146,37 @@ def in_memory() -> dict:
     return found
 
 
+def patches() -> dict:
+    """How often each thing that other nodes put on a model was called in three steps, and whether it told."""
+    _, native = both(tiny_pipeline(in_channels=9, groups=32))
+    calls = {"wrapper": 0, "attention": 0, "guidance": 0}
+
+    def wrapper(apply, arguments):
+        calls["wrapper"] += 1
+        return apply(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    def attention(q, k, v, options):
+        calls["attention"] += 1
+        return q, k * 0, v
+
+    def guidance(arguments):
+        calls["guidance"] += 1
+        return arguments["denoised"]
+
+    patched = native.patcher.clone()
+    patched.set_model_unet_function_wrapper(wrapper)
+    patched.set_model_attn2_patch(attention)
+    patched.set_model_sampler_post_cfg_function(guidance)
+    model = NativeModel(patched, native.vae, native.clip, native_size=128)
+    return {**calls_after(model, calls), **compare(native, model, steps=3)}
+
+
+def calls_after(model: NativeModel, calls: dict) -> dict:
+    image, mask = photo_and_mask()
+    inpaint(InpaintRequest(image=image, mask=mask, prompt="a cat", steps=3), model, HOST)
+    return dict(calls)
+
+
 def too_large_together() -> dict:
     """Three pictures where the network takes one at a time, with both branches of the guidance."""
     reference, native = both(tiny_pipeline(in_channels=9, groups=32))
@@ -240,5 +271,5 @@ def refusals() -> dict:
 
 if __name__ == "__main__":
     with torch.no_grad():
-        parts = (parity, controls, in_memory, too_large_together, moved_conditioning, refusals)
+        parts = (parity, controls, in_memory, patches, too_large_together, moved_conditioning, refusals)
         inside.answer({part.__name__: part() for part in parts})

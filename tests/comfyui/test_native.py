@@ -40,6 +40,12 @@ def test_the_picture_is_the_same_however_little_is_loaded(found):
     assert found["in_memory"]["40 %"]["most loaded"] < 0.5
 
 
+def test_what_other_nodes_put_on_a_model_acts(found):
+    row = found["patches"]
+    assert row["wrapper"] == row["guidance"] == 3 and row["attention"] >= 3
+    assert row["latents"] > 1e-3  # the attention patch was heard
+
+
 def test_pictures_that_do_not_fit_together_are_painted_apart(found):
     row = found["too_large_together"]
     assert max(row["sizes"]) == 6 and min(row["sizes"]) == 2
