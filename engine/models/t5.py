@@ -137,7 +137,7 @@ def _no_vectors(name: str) -> Tensor:
 
 def _weighted_states(tokens: Sequence[Token], tokenizer: Any, text_encoder: nn.Module, device: torch.device) -> Tensor:
     states = _states([token.id for token in tokens], text_encoder, device)
-    weights = torch.tensor([[token.weight for token in tokens]], device=device)[..., None]
+    weights = torch.tensor([[token.weight for token in tokens]])[..., None].to(device)
     if bool((weights == 1).all()):
         return states
     padding = [tokenizer.pad_token_id] * (len(tokens) - 1)
@@ -148,5 +148,5 @@ def _weighted_states(tokens: Sequence[Token], tokenizer: Any, text_encoder: nn.M
 
 def _states(ids: Sequence[int], text_encoder: nn.Module, device: torch.device) -> Tensor:
     with torch.no_grad():
-        states: Tensor = text_encoder(torch.tensor([ids], device=device))[0]
+        states: Tensor = text_encoder(torch.tensor([ids]).to(device))[0]
     return states.float()
