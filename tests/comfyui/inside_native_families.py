@@ -17,18 +17,22 @@ import torch
 inside.boot()
 sys.path.insert(0, str(inside.ROOT / "tests"))
 
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
 from comfy.cli_args import args  # noqa: E402
 
 args.force_fp32 = True
 
 from comfyui_mend.engine.host import LocalHost  # noqa: E402
 from comfyui_mend.engine.inpaint import inpaint  # noqa: E402
+from comfyui_mend.engine.masks import to_latent_grid  # noqa: E402
 from comfyui_mend.engine.models import flux, sd3  # noqa: E402
 from comfyui_mend.engine.models.protocol import PromptSyntax  # noqa: E402
-from comfyui_mend.engine.types import InpaintRequest  # noqa: E402
+from comfyui_mend.engine.sampling import make_schedule  # noqa: E402
+from comfyui_mend.engine.types import Crop, InpaintRequest, Size  # noqa: E402
 from comfyui_mend.nodes import native as native_module  # noqa: E402
 from comfyui_mend.nodes.native import NativeModel  # noqa: E402
-from native_tiny import native_flux, native_sd3, native_sdxl  # noqa: E402
+from native_tiny import native_flux, native_qwen, native_sd3, native_sdxl  # noqa: E402
 from tiny import photo_and_mask  # noqa: E402
 from tiny_flow import make_model, tiny_flux, tiny_sd3  # noqa: E402
 from tiny_sdxl import sdxl_engine_model, tiny_sdxl  # noqa: E402
@@ -112,6 +116,63 @@ FLOW_OPTIONS = {
 }
 
 
+class Frames:
+    """An autoencoder with an axis for frames, as Qwen-Image's: each cell the mean of its pixels, in every channel."""
+
+    latent_channels = 16
+
+    def spacial_compression_encode(self):
+        return 8
+
+    def encode(self, pictures):
+        assert len(pictures) == 1, "a batch would be frames"
+        cells = torch.nn.functional.avg_pool2d(pictures.permute(0, 3, 1, 2), 8).mean(dim=1, keepdim=True)
+        return cells.repeat(1, self.latent_channels, 1, 1)[:, :, None]
+
+    def decode(self, latents):
+        self.latents = latents
+        return latents[:, :3].permute(0, 2, 3, 4, 1).repeat_interleave(8, 2).repeat_interleave(8, 3).clamp(0, 1)
+
+
+def qwen():
+    """The engine's loop against ComfyUI's own euler sampler, which agrees for flows, on latents with a frame axis."""
+    patcher, vae = native_qwen(), Frames()
+    generator = torch.Generator().manual_seed(1)
+    positive, negative = ([[torch.randn(1, 12, 32, generator=generator), {}]] for _ in range(2))
+    model = NativeModel(patcher, vae, native_size=128, positive=positive, negative=negative)
+    image, mask = photo_and_mask(128, 128)
+    request = InpaintRequest(
+        image=image, mask=mask, scheduler="K_EULER", steps=4, guidance_scale=3.0, seed=5, crop=Crop.OFF, count=2
+    )
+    pictures = inpaint(request, model, HOST).images
+    sigmas = native_module.sigmas_of(make_schedule(request, model, Size(128, 128)).levels, True)
+    expected = []
+    for seed in (5, 6):
+        noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(seed))[:, :, None]
+        clean = vae.encode(image)
+        expected.append(
+            comfy.sample.sample_custom(
+                patcher,
+                noise,
+                3.0,
+                comfy.samplers.ksampler("euler"),
+                sigmas,
+                positive,
+                negative,
+                clean,
+                noise_mask=to_latent_grid(mask, 8),
+                disable_pbar=True,
+            )
+        )
+    wanted = torch.cat(expected)
+    outside = mask[0] == 0
+    return {
+        "latents": float((vae.latents - wanted).abs().max() / wanted.abs().max()),
+        "outside": float((pictures - image)[:, outside].abs().max()),
+        "painted": float((pictures - image)[:, ~outside].abs().mean()),
+    }
+
+
 def controls():
     """Differences that the gate must see."""
     pipeline = tiny_flux("fill")
@@ -127,4 +188,4 @@ def controls():
 
 if __name__ == "__main__":
     with torch.no_grad():
-        inside.answer({"parity": {**sdxl(), **flows()}, "controls": controls()})
+        inside.answer({"parity": {**sdxl(), **flows()}, "controls": controls(), "qwen": qwen()})

@@ -192,6 +192,29 @@ def native_sd3(transformer: Any) -> Any:
     return patched(model, comfy.utils.mmdit_to_diffusers(config), transformer)
 
 
+def native_qwen() -> Any:
+    """A random MODEL of Qwen-Image, whose latents have an axis for frames."""
+    config = {
+        "image_model": "qwen_image",
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "axes_dims_rope": (4, 4, 8),
+        "dtype": torch.float32,
+    }
+    settings = comfy.supported_models.QwenImage(dict(config))
+    settings.unet_config = config
+    settings.set_inference_dtype(torch.float32, None)
+    model = comfy.model_base.QwenImage(settings, device=CPU)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.diffusion_model.parameters():
+        parameter.data.normal_(0, 0.2, generator=generator)
+    return comfy.model_patcher.ModelPatcher(model, CPU, CPU)
+
+
 def patched(model: Any, names: dict[str, Any], module: Any) -> Any:
     """A MODEL whose network has the weights of a diffusers module, by ComfyUI's table of names."""
     state = {key: value.clone() for key, value in model.diffusion_model.state_dict().items()}

@@ -33,6 +33,12 @@ def test_every_family_agrees_with_diffusers_modules(families):
     assert min(families["controls"].values()) > 100 * FAMILY_GATE
 
 
+def test_latents_with_a_frame_axis_are_painted_as_comfyui_would(families):
+    """Qwen-Image: for a flow ComfyUI's own euler with a noise mask is the same arithmetic."""
+    row = families["qwen"]
+    assert row["latents"] <= FAMILY_GATE and row["outside"] == 0 and row["painted"] > 0.05
+
+
 def test_the_picture_is_the_same_however_little_is_loaded(found):
     for row in found["in_memory"].values():
         assert row["difference"] < PIXEL_GATE
