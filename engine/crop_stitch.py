@@ -61,11 +61,11 @@ class _Frames:
     context_mask: Tensor | None
 
     @classmethod
-    def of(cls, image: Tensor, mask: Tensor, stitch_mask: Tensor | None, context_mask: Tensor | None) -> _Frames:
+    def of(cls, image: Tensor, mask: Tensor | None, stitch_mask: Tensor | None, context_mask: Tensor | None) -> _Frames:
         images.check_tensor("image", image)
         frames = cls(
             image if image.ndim == 4 else image[None],
-            _batched(mask),
+            torch.ones(1, *image.shape[-3:-1]) if mask is None else _batched(mask),
             None if stitch_mask is None else _batched(stitch_mask),
             None if context_mask is None else _batched(context_mask),
         )
@@ -128,7 +128,7 @@ class _Piece:
 
 def crop_to_mask(
     image: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     options: CropOptions = CropOptions(),  # noqa: B008
     *,
     stitch_mask: Tensor | None = None,
@@ -138,13 +138,13 @@ def crop_to_mask(
     smoothing: float = 8.0,
     on_image: OnImage | None = None,
 ) -> Cropped:
-    """Cut the surroundings of ``mask`` [B, H, W] out of ``image`` [B, H, W, 3 or 4] for a sampler.
+    """Cut the surroundings of ``mask`` [B, H, W] (default: everything) out of ``image`` [B, H, W, 3 or 4].
 
-    ``mask`` says what the sampler may paint, ``stitch_mask`` (default: the same) what of it comes back, and everything
-    ``context_mask`` marks is shown. Crops have three channels. A picture whose masks are empty is cut as a whole, and
-    comes back as it was. ``video`` decides whether the boxes of a batch move together (``stable_boxes``), and then
-    empty frames are cut where their neighbours are. With Separate.EACH the regions are those of each picture, or with
-    Video.UNION those of all frames at once.
+    The crops are for a sampler: ``mask`` says what it may paint, ``stitch_mask`` (default: the same) what of it comes
+    back, and everything ``context_mask`` marks is shown. Crops have three channels. A picture whose masks are empty is
+    cut as a whole, and comes back as it was. ``video`` decides whether the boxes of a batch move together
+    (``stable_boxes``), and then empty frames are cut where their neighbours are. With Separate.EACH the regions are
+    those of each picture, or with Video.UNION those of all frames at once.
 
     Raises InputError for pictures and masks that do not fit each other.
     """
@@ -277,6 +277,7 @@ def stitch_crops(
     image: Tensor | None = None,
     options: StitchOptions = StitchOptions(),  # noqa: B008
     *,
+    masks: Sequence[Tensor] | None = None,
     unchanged: float = UNCHANGED,
     on_image: OnImage | None = None,
 ) -> Stitched:
@@ -285,6 +286,10 @@ def stitch_crops(
     ``painted`` are the batches of ``crop_to_mask`` as a sampler returned them, [b, h, w, 3 or 4], at the size of the
     canvas or enlarged or reduced as a whole. Where a crop is transparent the original shows. A batch that comes back k
     times as long, as its first to last crop k times over, makes k pictures of each.
+
+    ``masks`` [b, h, w] go with ``painted``, for painters whose mask is known only afterwards, such as edit models: what
+    of a crop comes back, within the mask it was cut by. Where they are 0 the crop shows what the picture shows, so
+    shift and tone are measured there. Masks of the crops serve every painting of them.
 
     Pixels whose stitch mask is 0 keep their bits. So do those that only depend on canvas pixels which came back within
     ``unchanged`` of what was cut, and where the whole mask did, nothing is done at all. Picture i's grain comes from
@@ -298,11 +303,12 @@ def stitch_crops(
     results = originals.expand(record.count, -1, -1, -1).repeat(len(paintings), 1, 1, 1)
     reports = [list[str]() for _ in results]
     done, total = 0, len(paintings) * len(record.patches)
+    kept = [[None] * len(record.patches)] if masks is None else _kept(record, masks)
     for number, crops in enumerate(paintings):
-        for patch, crop in zip(record.patches, crops, strict=True):
+        for patch, crop, keep in zip(record.patches, crops, kept[number % len(kept)], strict=True):
             index = number * record.count + patch.picture
             seeded = replace(options, seed=(options.seed + index) % (MAX_SEED + 1))
-            joined = _put_back(patch, crop.to(originals), originals, cut_from, seeded, unchanged, results[index])
+            joined = _put_back(patch, crop.to(originals), keep, originals, cut_from, seeded, unchanged, results[index])
             reports[index].append(joined)
             done += 1
             if on_image is not None:
@@ -334,20 +340,33 @@ def _paintings(record: CropRecord, painted: Sequence[Tensor]) -> list[list[Tenso
     ]
 
 
+def _kept(record: CropRecord, masks: Sequence[Tensor]) -> Sequence[Sequence[Tensor | None]]:
+    """For each painting the masks [1, h, w] of its crops."""
+    paintings = _paintings(record, [images.as_mask_batch(mask)[..., None] for mask in masks])
+    return [[mask[..., 0] for mask in painting] for painting in paintings]
+
+
 def _put_back(
     patch: Patch,
     crop: Tensor,
+    keep: Tensor | None,
     originals: Tensor,
     cut_from: Tensor,
     options: StitchOptions,
     unchanged: float,
     result: Tensor,
 ) -> str:
-    """Paste one painted crop [1, h, w, C] into its picture ``result`` [H, W, C]; what happened."""
+    """Paste one painted crop [1, h, w, C], or what the mask ``keep`` [1, h, w] keeps of it, into its picture ``result``
+    [H, W, C]; what happened.
+    """
     crop = images.as_images(crop)
     _check_shape(images.size_of(crop), patch.plan.canvas)
     box = patch.plan.box
-    mask = patch.stitch_mask().to(originals)
+    mask, repainted = patch.stitch_mask().to(originals), torch.from_numpy(patch.repainted)[None].to(originals)
+    if keep is not None:
+        _check_shape(images.size_of(keep), patch.plan.canvas)
+        back_mask = patch.plan.uncut_mask(keep.to(originals))
+        mask, repainted = mask * back_mask, repainted * (back_mask > 0)
     if not mask.any():
         return "nothing is masked"
     original = images.as_images(_at(originals, patch.picture)[:, box.rows, box.columns])
@@ -361,7 +380,6 @@ def _put_back(
         back = torch.where(changed[..., None], back, original[..., :3])
     if opaque.shape[-1]:
         mask = mask * patch.plan.uncut_mask(opaque[..., 0])
-    repainted = torch.from_numpy(patch.repainted)[None].to(original)
     joined = stitch(original, back, mask, options, repainted=repainted)
     place = result[box.rows, box.columns]
     place.copy_(torch.where(mask[0, ..., None] > 0, joined.images[0], place))

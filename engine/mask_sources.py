@@ -6,6 +6,7 @@ of a batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from enum import Enum
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from . import morphology
 from .color import srgb_to_lab
 from .images import as_images, as_mask_batch, resize_mask, same_shape, size_of
+from .registration import apply_shift, shift_between
 from .types import InputError, check_range
 
 MAX_TOLERANCE = 100.0
@@ -101,12 +103,16 @@ def from_color(
     return _in_strips(mark, pixels).reshape(images.shape[:3]).to(images.device)
 
 
-def from_difference(before: Tensor, after: Tensor, tolerance: float = 10.0, noise: float = 2.0) -> Tensor:
+def from_difference(
+    before: Tensor, after: Tensor, tolerance: float = 10.0, noise: float = 2.0, register: bool = False
+) -> Tensor:
     """1 where ``after`` shows something else than ``before``, 0 where the two differ by no more than ``tolerance``.
 
     The difference is taken in CIE Lab (0..100, black to white) after a Gaussian blur of ``noise`` / 2 pixels, which
     averages out what JPEG and a VAE add; what is then marked in specks of no more than ``noise`` pixels across is
     dropped (opening by a disk). ``noise`` is 0..16; 0 compares pixel by pixel. Transparency counts where both have it.
+    ``register`` measures how far ``after`` was moved as a whole, as edit models do, and compares it moved back; the
+    strip that then comes in from beyond its border counts as unchanged.
     Raises InputError for pictures of different sizes or batches.
     """
     check_range("tolerance", tolerance, 0, MAX_TOLERANCE)
@@ -119,7 +125,7 @@ def from_difference(before: Tensor, after: Tensor, tolerance: float = 10.0, nois
         )
     count = _shared_batch(len(first), len(second), "pictures")
     masks = [
-        torch.from_numpy(_difference(one, other, tolerance, noise))
+        torch.from_numpy((_registered_difference if register else _difference)(one, other, tolerance, noise))
         for one, other in zip(_batch_of(first, count), _batch_of(second, count), strict=True)
     ]
     return torch.stack(masks).to(first.device)
@@ -163,6 +169,19 @@ def _space(srgb: Tensor, distance: ColorDistance) -> Tensor:
 def _in_strips(operation: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
     """``operation`` on [N, ...], STRIP pixels at once: what it needs in between stays small."""
     return torch.cat([operation(strip) for strip in pixels.split(STRIP)])
+
+
+def _registered_difference(before: Tensor, after: Tensor, tolerance: float, noise: float) -> morphology.FloatArray:
+    shift = shift_between(before[..., :3], after[..., :3])
+    if not shift.worth_undoing:
+        return _difference(before, after, tolerance, noise)
+    mask = _difference(before, apply_shift(after[None], -shift)[0], tolerance, noise)
+    height, width = mask.shape
+    right, down = math.ceil(max(shift.dx, 0)), math.ceil(max(shift.dy, 0))
+    left, up = math.ceil(max(-shift.dx, 0)), math.ceil(max(-shift.dy, 0))
+    known = np.zeros_like(mask)
+    known[up : height - down, left : width - right] = 1
+    return mask * known
 
 
 def _difference(before: Tensor, after: Tensor, tolerance: float, noise: float) -> morphology.FloatArray:

@@ -45,6 +45,10 @@ FLAT = 1e-5
 """Standard deviation below which a picture has no texture."""
 LEAST_WEIGHT = 64.0
 """Pixels that must be comparable."""
+LEAST_SHIFT = 0.05
+"""Pixels; moving a picture by less costs more sharpness than it gains."""
+LEAST_CONFIDENCE = 0.4
+"""Of a shift that is undone."""
 
 
 class Shift(NamedTuple):
@@ -59,6 +63,10 @@ class Shift(NamedTuple):
     def distance(self) -> float:
         """Pixels."""
         return math.hypot(self.dx, self.dy)
+
+    @property
+    def worth_undoing(self) -> bool:
+        return self.distance >= LEAST_SHIFT and self.confidence >= LEAST_CONFIDENCE
 
     def __neg__(self) -> Shift:
         return Shift(-self.dx, -self.dy, self.confidence)

@@ -30,10 +30,6 @@ MAX_SHIFT = 16 / 255
 """The largest colour correction: beyond it the difference is content, not the VAE's tone shift."""
 SMALL_ERROR = 0.5 / 255
 """A tone difference along the rim that nobody sees."""
-LEAST_SHIFT = 0.05
-"""Pixels; moving a picture by less costs more sharpness than it gains."""
-LEAST_CONFIDENCE = 0.4
-"""Of a shift that is undone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +154,7 @@ def _stitch_one(
     new = painted[view]
     if options.register:
         shift = shift_between(target[..., :3], painted, (~repainted).float())
-        if shift.distance >= LEAST_SHIFT and shift.confidence >= LEAST_CONFIDENCE:
+        if shift.worth_undoing:
             new = _moved_back(painted, shift, box)
             notes.append(f"moved back by {-shift.dx:+.2f}, {-shift.dy:+.2f} px")
         else:

@@ -66,8 +66,10 @@ class MendCropToMask(io.ComfyNode):
                     "mask",
                     tooltip=(
                         "White (1) marks what the sampler may paint. One for all pictures or one for each; several"
-                        " masks for one picture give a crop and a result for each."
+                        " masks for one picture give a crop and a result for each. Without any the crop is the whole"
+                        " picture."
                     ),
+                    optional=True,
                 ),
                 io.Float.Input(
                     "context_factor",
@@ -255,12 +257,12 @@ class MendCropToMask(io.ComfyNode):
     def execute(
         cls,
         image: Tensor,
-        mask: Tensor,
         context_factor: float,
         size: str,
         megapixels: float,
         width: int,
         height: int,
+        mask: Tensor | None = None,
         regions: str = Separate.TOGETHER.value,
         video: str = Video.OFF.value,
         stitch_mask: Tensor | None = None,
@@ -326,6 +328,14 @@ class MendStitch(io.ComfyNode):
                         " used."
                     ),
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "What of the painted crops comes back, in the crops' own pixels, where that is known only now:"
+                        " what an edit model changed. It never reaches beyond the mask they were cut by."
+                    ),
+                ),
                 io.Combo.Input(
                     "blend",
                     options=BLENDS,
@@ -388,13 +398,19 @@ class MendStitch(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, image: list[Tensor], crop: list[CropRecord], original: list[Tensor] | None = None, **options: list[Any]
+        cls,
+        image: list[Tensor],
+        crop: list[CropRecord],
+        original: list[Tensor] | None = None,
+        mask: list[Tensor] | None = None,
+        **options: list[Any],
     ) -> io.NodeOutput:
         stitched = stitch_crops(
             connected("crop", _only("crop", crop), CropRecord, "Crop to Mask (Mend)"),
             image,
             _one_batch(original) if original else None,
             StitchOptions(**{name: _only(name, values) for name, values in options.items()}),
+            masks=mask,
             on_image=image_progress("Stitching"),
         )
         return io.NodeOutput(stitched.images, "\n".join(stitched.reports), ui=show(stitched.notices))

@@ -375,6 +375,13 @@ class MendMaskFromImage(io.ComfyNode):
                     ),
                     advanced=True,
                 ),
+                io.Boolean.Input(
+                    "register",
+                    default=False,
+                    optional=True,
+                    tooltip="For difference: measure whether the picture was moved, and compare it moved back.",
+                    advanced=True,
+                ),
             ],
             outputs=[io.Mask.Output("mask", tooltip="White where the source says so, at the size of the picture.")],
         )
@@ -394,6 +401,7 @@ class MendMaskFromImage(io.ComfyNode):
         softness: float = 0.0,
         distance: str = ColorDistance.LAB.value,
         noise: float = 2.0,
+        register: bool = False,
     ) -> io.NodeOutput:
         if source == Source.ALPHA:
             return io.NodeOutput(from_alpha(image))
@@ -401,7 +409,7 @@ class MendMaskFromImage(io.ComfyNode):
             return io.NodeOutput(from_color(image, color, tolerance, softness, ColorDistance(distance)))
         if changed_image is None:
             raise InputError("The source is difference, but there is only one picture; connect changed_image.")
-        return io.NodeOutput(from_difference(image, changed_image, tolerance, noise))
+        return io.NodeOutput(from_difference(image, changed_image, tolerance, noise, register))
 
 
 class MendCombineMasks(io.ComfyNode):

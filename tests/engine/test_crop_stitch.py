@@ -338,6 +338,41 @@ def test_a_context_mask_is_shown():
     assert box.left == 0 and box.bottom == 90
 
 
+def test_a_mask_known_only_afterwards_decides_what_comes_back():
+    """As an edit model: all of the crop comes back moved and in another tone, and one place in it was edited."""
+    image = F.avg_pool2d(photo(height=128, width=160).permute(0, 3, 1, 2), 5, 1, 2).permute(0, 2, 3, 1)
+    cropped = crop_to_mask(image, None, OWN_SIZE)
+    assert torch.equal(cropped.crops[0][:, :128, :160], image)
+    edited = cropped.crops[0].roll((2, 3), (1, 2)) - 0.03
+    edited[:, 52:72, 63:93] = 0.2
+    spot = square(height=128, width=160, box=Box(56, 46, 96, 76))
+    options = StitchOptions(register=True, blend=Blend.LINEAR)
+    back = stitch_crops(cropped.record, [edited], options=options, masks=[feather(spot, 4)])
+    changed = (back.images != image).any(dim=-1)
+    assert not changed[feather(spot, 4) == 0].any() and "moved back by -3" in back.reports[0]
+    # the edit is where it belongs, and what surrounds it within the mask is the picture again
+    around = (spot > 0) & (square(height=128, width=160, box=Box(59, 49, 91, 71)) == 0)
+    assert (back.images - image).abs()[around].mean() < 0.02
+    assert (back.images - 0.23)[:, 52:68, 62:88].abs().max() < 0.02
+    # a whole picture that may change leaves nothing to measure by
+    unmeasured = stitch_crops(cropped.record, [edited], options=options)
+    assert "not moved" in unmeasured.reports[0] and (unmeasured.images - image).abs()[around].mean() > 0.03
+
+
+def test_a_mask_for_the_way_back_never_reaches_beyond_the_one_that_was_cut():
+    image, mask = photo(), square()
+    cropped = crop_to_mask(image, mask, SMALL)
+    everything = [torch.ones(crop.shape[:3]) for crop in cropped.crops]
+    plain = stitch_crops(cropped.record, repaint(cropped.crops), options=PLAIN)
+    same = stitch_crops(cropped.record, repaint(cropped.crops), options=PLAIN, masks=everything)
+    assert torch.equal(plain.images, same.images)
+    paintings = [torch.cat([*repaint(cropped.crops), *cropped.crops])]
+    twice = stitch_crops(cropped.record, paintings, options=PLAIN, masks=everything)
+    assert torch.equal(twice.images[:1], same.images) and torch.equal(twice.images[1:], image)
+    with pytest.raises(InputError, match="another aspect ratio"):
+        stitch_crops(cropped.record, cropped.crops, masks=[torch.ones(1, 8, 100)])
+
+
 def test_what_the_sampler_may_change_is_whole_cells():
     cropped = crop_to_mask(photo(), square(box=Box(41, 41, 42, 42)), CropOptions(target=None, min_size=64))
     patch = cropped.record.patches[0]

@@ -15,6 +15,7 @@ from comfyui_mend.engine.mask_sources import (
     from_difference,
     parse_color,
 )
+from comfyui_mend.engine.registration import Shift, apply_shift
 from comfyui_mend.engine.types import InputError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,6 +151,20 @@ def test_an_edit_is_found_through_the_blur_and_grain_of_an_autoencoder():
     mask = from_difference(to_image(photo()), after)[0].numpy() == 1
     assert mask[truth].mean() > 0.99
     assert mask[morphology.grow(truth.astype(np.float32), 4) == 0].mean() < 0.005
+
+
+@pytest.mark.parametrize(("dx", "dy"), [(3, -2), (1.6, 0.7)])
+def test_an_edit_is_found_in_a_picture_that_was_moved(dx, dy):
+    picture, where = edited()
+    moved = apply_shift(to_image(picture), Shift(dx, dy))
+    plain = from_difference(to_image(photo()), moved)[0].numpy() == 1
+    found = from_difference(to_image(photo()), moved, register=True)[0].numpy() == 1
+    assert plain[~where].mean() > 0.03
+    assert found[where].mean() > 0.9 and found[~where].mean() < 0.01
+    unrelated = torch.rand(to_image(picture).shape)
+    assert torch.equal(
+        from_difference(to_image(photo()), unrelated), from_difference(to_image(photo()), unrelated, register=True)
+    )
 
 
 def test_equal_pictures_have_no_difference_and_one_pixel_is_seen_without_noise_suppression():
