@@ -120,6 +120,21 @@ def test_the_same_seed_makes_the_same_picture_and_the_parameters_are_in_the_file
     assert (again - read_image("a.png")).abs().max() <= 0.5 / 255 + 1e-6
 
 
+def test_what_is_settled_about_the_model_changes_the_picture_and_is_in_the_file(mend, models):
+    flags = ("-p", "tea", "--seed", 3, *FAST)
+    assert mend("inpaint", "coffee.png", "mask.png", "-o", "plain.png", *flags)[0] == 0
+    vae = models / "diffusers" / "tiny-inpaint" / "vae"
+    for name, own in (("skipped", ("--clip-skip", 2)), ("same", ("--vae", vae, "--clip-skip", 1, "--family", "sd1"))):
+        assert mend("inpaint", "coffee.png", "mask.png", "-o", f"{name}.png", *flags, *own)[0] == 0
+    assert not torch.equal(read_image("skipped.png"), read_image("plain.png"))
+    assert torch.equal(read_image("same.png"), read_image("plain.png"))
+    stored = read_parameters("same.png")
+    assert (stored["clip_skip"], stored["family"], stored["vae"]) == (1, "sd1", str(vae))
+    assert "clip_skip" not in read_parameters("plain.png")
+    code, _, err = mend("inpaint", "coffee.png", "mask.png", "-o", "x.png", "--clip-skip", 99, *FAST)
+    assert code != 0 and "clip_skip is 99; give a value from 1 to 24" in err
+
+
 def test_count_numbers_the_files_and_each_can_be_made_again_alone(mend):
     mend("inpaint", "coffee.png", "mask.png", "-o", "try.png", "--count", 2, "--seed", 5, *FAST)
     mend("inpaint", "coffee.png", "mask.png", "-o", "alone.png", "--seed", 6, *FAST)

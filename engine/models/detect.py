@@ -124,7 +124,7 @@ _ADD_ONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("concept_embeds",), "a safety checker", "load it with the safety checker's loader"),
 )  # fmt: skip
 _QUANTISED = re.compile(
-    r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant|qweight|wscales|absmax|quant_state\.\w+)$"
+    r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant|qweight|wscales|absmax|quant_state\.\w+)$", re.MULTILINE
 )
 
 
@@ -142,7 +142,7 @@ def recognise(path: Path) -> Found:
 
 def _add_on(header: Header) -> Found | None:
     for marks, what, way_out in _ADD_ONS:
-        if any(mark in key for key in header.tensors for mark in marks):
+        if any(mark in header.listing for mark in marks):
             return Found(name=header.path.name, kind=Kind.OTHER, what=what, way_out=way_out, header=header)
     # what embeddings for SDXL are made of
     if header.tensors.keys() <= {"clip_l", "clip_g"}:
@@ -170,7 +170,7 @@ def _model(header: Header) -> Found | None:
                     header=header,
                     prefix=prefix,
                     scheduler=_own_schedule(header),
-                    quantised=any(_QUANTISED.search(key) for key in header.tensors),
+                    quantised=_QUANTISED.search(header.listing) is not None,
                     native=denoiser.native,
                     way_out=denoiser.way_out,
                 )
@@ -224,7 +224,7 @@ def _text_encoder(header: Header) -> Found | None:
             what="a text encoder alone",
             way_out="choose a model, and this beside it as its text encoder",
             header=header,
-            quantised=any(_QUANTISED.search(key) for key in header.tensors),
+            quantised=_QUANTISED.search(header.listing) is not None,
             text_encoder=encoder,
         )
     if header.has_prefix("model.layers.0.self_attn.", "model.language_model."):
@@ -263,7 +263,7 @@ _OTHER_MODELS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 def _unknown(header: Header) -> Found:
     for marks, what in _OTHER_MODELS:
-        if any(mark in key for key in header.tensors for mark in marks):
+        if any(mark in header.listing for mark in marks):
             return Found(name=header.path.name, kind=Kind.MODEL, what=what, header=header)
     first = next(iter(header.tensors))
     return Found(

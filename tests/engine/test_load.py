@@ -12,7 +12,7 @@ from comfyui_mend.engine.models import ldm, modules, parts, weight_files
 from comfyui_mend.engine.models.detect import CONFIGS, recognise
 from comfyui_mend.engine.models.families import supported
 from comfyui_mend.engine.models.family import LoadOptions
-from comfyui_mend.engine.models.load import find_models, find_parts, load_model
+from comfyui_mend.engine.models.load import find_files, find_models, find_parts, load_model
 from comfyui_mend.engine.models.parts import load_tokenizer
 from comfyui_mend.engine.models.protocol import Conditioning, PromptSyntax
 from comfyui_mend.engine.models.weight_files import DTYPES, choose_weights, read_header, read_json
@@ -824,6 +824,24 @@ def test_models_are_found_below_their_folders(tmp_path):
     assert list(found) == ["a.safetensors", "author/model", "indexed", "SD 1.5/sub/B.SAFETENSORS", "Zebra"]
     assert found["Zebra"] == first / "Zebra"
     assert found["author/model"] == first / "author" / "model"
+
+
+def test_split_networks_are_models_and_their_parts_are_not(tmp_path):
+    for name in (
+        "checkpoints/one",
+        "diffusion_models/SDXL/unet",
+        "diffusion_models/one",
+        "vae/sdxl",
+        "text_encoders/g",
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    kinds = ("checkpoints", "diffusion_models", "vae", "text_encoders")
+    host = LocalHost(device=torch.device("cpu"), folders={kind: [tmp_path / kind] for kind in kinds})
+    assert list(find_models(host)) == ["one.safetensors", "SDXL/unet.safetensors"]
+    assert find_models(host)["one.safetensors"].parent.name == "checkpoints"
+    assert find_files(host, "vae") == {"sdxl.safetensors": tmp_path / "vae" / "sdxl.safetensors"}
 
 
 def test_a_pipeline_is_not_searched_for_more(tmp_path, folder):
