@@ -131,7 +131,7 @@ class DiffusersModel(ABC):
         self, canvas: Canvas, levels: Sequence[Level], guidance: Guidance, loop: Callable[[Denoiser], Tensor]
     ) -> Tensor:
         """See InpaintModel. Splits the batch, and the two branches of guidance, where memory is short."""
-        forms = self._denoiser_forms(len(canvas.noise), canvas.size, guidance)
+        forms = self._denoiser_forms(canvas, guidance)
         evaluation = itertools.count()
 
         def denoiser(state: Tensor, timestep: Tensor, level: Level) -> Tensor:
@@ -166,23 +166,26 @@ class DiffusersModel(ABC):
                 return self._guided(part[: len(rows)], timestep, guidance, apart=form.apart)
 
         # an estimate that failed was too low: leave more room for each row
-        needed = self._sample_bytes(size) * (1 if form.apart else _branches(guidance)) << failed
+        needed = self._sample_bytes(size, len(active)) * (1 if form.apart else _branches(guidance)) << failed
         hints = tuple(one.pixels for one in active)
         beside = [one.network.managed for one in active]
         return torch.cat(self._in_parts(self.denoiser, needed, form.rows, guided, (*rows, *hints), beside))
 
-    def _denoiser_forms(self, rows: int, size: Size, guidance: Guidance) -> Forms:
-        per_sample, branches = self._sample_bytes(size), _branches(guidance)
-        device = self.denoiser.load(per_sample * branches + RESERVE)
+    def _denoiser_forms(self, canvas: Canvas, guidance: Guidance) -> Forms:
+        per_sample, branches = self._sample_bytes(canvas.size, len(canvas.hints)), _branches(guidance)
+        beside = [hint.network.managed for hint in canvas.hints]
+        device = self.denoiser.load(per_sample * branches + RESERVE, beside)
         slice_attention(self.denoiser.module, device)
         fitting = (self._host.free_memory() - RESERVE) // per_sample
-        forms = halved(min(rows, fitting // branches)) if fitting >= branches else []
+        forms = halved(min(len(canvas.noise), fitting // branches)) if fitting >= branches else []
         if branches == 2 or not forms:
             forms.append(Form(1, apart=branches == 2))
-        return Forms(forms, f"paint {size}")
+        return Forms(forms, f"paint {canvas.size}")
 
-    def _sample_bytes(self, size: Size) -> int:
-        return int(self.denoiser_bytes * size.width * size.height * self.denoiser.dtype.itemsize)
+    def _sample_bytes(self, size: Size, controls: int = 0) -> int:
+        # a ControlNet is the first half of such a network
+        networks = 1 + controls / 2
+        return int(self.denoiser_bytes * size.width * size.height * self.denoiser.dtype.itemsize * networks)
 
     def _guided(self, rows: Rows, timestep: Tensor, guidance: Guidance, apart: bool = False) -> Tensor:
         """Classifier-free guidance: u + scale * (c - u), both branches in one batch unless one prompt is longer or they

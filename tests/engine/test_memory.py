@@ -232,6 +232,7 @@ def test_estimates_follow_size_and_precision():
     small, large = (model._sample_bytes(diffusers_model.Size(side, side)) for side in (512, 1024))
     assert large == 4 * small
     assert small == pytest.approx(2 * 1.5 * 65 * MIB)  # float32
+    assert model._sample_bytes(diffusers_model.Size(512, 512), controls=2) == pytest.approx(2 * small)
 
 
 def test_attention_is_sliced_only_where_torch_makes_whole_matrices():
