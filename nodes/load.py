@@ -265,9 +265,9 @@ class MendDownloadModel(io.ComfyNode):
             display_name="Download Model (Mend)",
             category="Mend",
             description=(
-                "Downloads a Stable Diffusion 1.x, 2.x or XL repository from huggingface.co into models/diffusers and"
-                " loads it: only the files that run, only safetensors, hashes checked, resumed after an interruption."
-                " Once it is there, nothing is asked of the network again."
+                f"Downloads a repository of {supported()} from huggingface.co into models/diffusers and loads it: only"
+                " the files that run, only safetensors, hashes checked, resumed after an interruption. Once it is"
+                " there, nothing is asked of the network again."
             ),
             search_aliases=["huggingface", "hugging face", "hub", "pull", "fetch model", "download checkpoint"],
             inputs=[

@@ -20,6 +20,7 @@ from comfyui_mend.engine.types import InputError, ModelFileError
 from fake_hub import COMMIT, NEEDED, UNET, FakeHub, published_files
 from huggingface_hub import constants, file_download, utils
 from tiny import save_tiny_model
+from tiny_sdxl import save_tiny_sdxl
 
 CHUNK = 2**14
 
@@ -101,6 +102,20 @@ def test_only_what_runs_is_fetched_and_it_loads(hub, tmp_path):
 
     host = LocalHost(device=torch.device("cpu"), folders={"diffusers": [tmp_path]})
     assert load_model(find_models(host)["tiny"], host).facts.native_size == 128
+
+
+def test_a_family_of_two_text_encoders_comes_with_both(hub, tmp_path):
+    folder = save_tiny_sdxl(tmp_path / "published")
+    hub.files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    hub.files["text_encoder_2/model.bin"] = b"PK\x03\x04"
+    pulled = pull("author/tiny", tmp_path, variant=Variant.FULL).path
+    assert files_in(pulled) == hub.files.keys() - {"text_encoder_2/model.bin"} | {".mend.json"}
+    model = load_model(pulled, LocalHost(device=torch.device("cpu")))
+    assert len(model.readers) == 2 and model.facts.latent_format == "SDXL"
+
+    del hub.files["text_encoder_2/model.safetensors"]
+    with pytest.raises(ModelFileError, match=r"author/tiny has text_encoder_2 only as model.bin, a pickle"):
+        pull("author/tiny", tmp_path, variant=Variant.FULL, folder="again")
 
 
 def test_an_endpoint_may_be_given(hub, tmp_path, monkeypatch):
