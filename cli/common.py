@@ -30,7 +30,17 @@ FILLS = ("neutral", "edge", "mirror", "blur", "noise", "telea", "navier-stokes",
 MASK_CHANNELS = ("luminance", "alpha")
 DTYPES = ("float32", "float16", "bfloat16")
 
-KINDS = ("checkpoints", "diffusers", "diffusion_models", "embeddings", "safety_checker", "text_encoders", "vae")
+KINDS = (
+    "checkpoints",
+    "controlnet",
+    "diffusers",
+    "diffusion_models",
+    "embeddings",
+    "loras",
+    "safety_checker",
+    "text_encoders",
+    "vae",
+)
 """Subfolders of a models folder, in ComfyUI's layout."""
 MODELS_VARIABLE = "MEND_MODELS"
 

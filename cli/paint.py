@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import secrets
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapters import EXAMPLES as ADAPTER_EXAMPLES
+from .adapters import add_adapters, as_controls, as_loras, made_with
 from .common import (
     Commands,
     Report,
@@ -67,12 +70,13 @@ SAFETY_ACTIONS = ("black", "blur", "pass")
 RANDOM_SEEDS = 2**32
 """A random seed is short enough to be typed again."""
 
-EXAMPLES = """\
+EXAMPLES = f"""\
 examples:
   mend inpaint room.jpg mask.png -p "a green armchair" -o chair.png
   mend inpaint room.jpg mask.png -p "a window" --count 4 -o try.png       # try-1.png ... try-4.png
   mend inpaint cut.png cut.png --mask-channel alpha -p "a lake" -o lake.png
   mend inpaint room.jpg mask.png -p "a rug" -o rug.png --json | jq .seed
+{ADAPTER_EXAMPLES}
 
 Image i of a run is made with seed + i, so each can be made again alone."""
 
@@ -125,13 +129,17 @@ def paint(
 
     request = _request(arguments, image, mask, sampler_mask)
     outputs = numbered(arguments.out, request.count)
-    check_outputs([*outputs, *others], inputs=inputs, force=arguments.force)
+    read = [*inputs, *(flag.path for flag in arguments.controlnets if flag.path)]
+    check_outputs([*outputs, *others], inputs=read, force=arguments.force)
     normalise(request)
     _check_schedule(request)
     host = local_host(arguments)
     path = find_model(arguments, host)
+    loras = as_loras(arguments.loras, host)
     notices: list[str] = []
     with clock("load", timings):
+        request = replace(request, controls=as_controls(arguments.controlnets, host))
+        normalise(request)
         checker = _safety_checker(arguments, host, notices)
         model = load_model(
             path,
@@ -141,8 +149,10 @@ def paint(
             prediction_type=arguments.prediction_type,
             vae=arguments.vae,
             text_encoders=arguments.text_encoder,
+            loras=loras,
             options=_load_options(arguments),
         )
+    notices += model.notices
     result = (painter or inpaint)(request, model, host)
     timings |= result.timings
 
@@ -186,7 +196,7 @@ def _model_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     flags = {name: getattr(arguments, name, None) for name in ("family", "prediction_type", "clip_skip", "vae")}
     flags["size_conditioning"] = getattr(arguments, "size_conditioning", None)
     flags["text_encoders"] = [str(path) for path in arguments.text_encoder] or None
-    return {name: value for name, value in flags.items() if value is not None}
+    return {**{name: value for name, value in flags.items() if value is not None}, **made_with(arguments)}
 
 
 def _load_options(arguments: argparse.Namespace) -> LoadOptions:
@@ -348,6 +358,7 @@ def add_diffusion(parser: argparse.ArgumentParser, resizable: bool = True) -> No
     )
     add_field(model, "--clip-skip", type=int, metavar="N", help="text encoder layer, 1 the last (default: its own)")
     add_field(model, "--size-conditioning", **which(SIZE_CONDITIONINGS, "what SDXL is told of (default: canvas)"))
+    add_adapters(parser)
 
     safety = parser.add_argument_group("safety")
     safety.add_argument(

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .control import Control
 
 MAX_SEED = 2**64 - 1
 MAX_SIDE = 16384
@@ -168,8 +165,8 @@ class InpaintRequest:
     """[B or 1, H, W], 0..1: where the model paints, if not everywhere that ``mask`` touches."""
     soft: bool = False
     """Grey values of the sampler's mask repaint less, each as if it were the strength there."""
-    controls: tuple[Control, ...] = ()
-    """ControlNets to follow; their results add up."""
+    controls: tuple[Any, ...] = ()
+    """ControlNets to follow, each a ``control.Control``; their results add up."""
     blend: Blend = Blend.AUTO
     color_match: float = 1.0
     """0..1: how much of a tone difference around the mask is taken off the painted part."""

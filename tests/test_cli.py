@@ -618,7 +618,9 @@ def test_defaults_in_the_help_are_the_requests():
 
 def test_every_field_of_the_request_has_a_flag():
     given = {action.dest for action in subcommands()["inpaint"]._actions}
-    assert {field.name for field in dataclasses.fields(InpaintRequest)} <= given
+    # controls come from several flags together
+    assert {field.name for field in dataclasses.fields(InpaintRequest)} <= given | {"controls"}
+    assert "controlnets" in given
     assert {"images", "seeds", "timings", "notices"} <= {field.name for field in dataclasses.fields(InpaintResult)}
 
 
