@@ -26,6 +26,7 @@ from torch import Tensor
 from ..types import ModelFileError, check_range
 from . import ldm
 from .lora_file import LoraFile, LoraLayer, Target, family_of, flat, read_lora
+from .transformer_layouts import Layout, flux_layout, sd3_layout
 
 MAX_STRENGTH = 20.0
 SHOWN = 3
@@ -102,7 +103,7 @@ class LoraStack:
         for (lora, file), placed in zip(self._files, self._placed, strict=True):
             for layer in file.layers:
                 place = places.get(layer.flat_name)
-                if layer.target is not target or place is None:
+                if place is None or target not in layer.targets:
                     continue
                 placed.add(layer)
                 strength = lora.strength_of(target)
@@ -135,63 +136,18 @@ class LoraStack:
 def original_names(network: Network) -> dict[str, Layers]:
     """The layers of a denoiser by the names of its original code, which trainers use as well as those of diffusers."""
     if any(key.startswith("down_blocks.") for key in network.weights):
-        return _unet_names(network)
+        original = {ours: theirs for theirs, ours in ldm.unet_names(network.config).items()}
+        return {ldm.rename(layer, original): Layers((layer,)) for layer in _layers(network)}
     if any(key.startswith("single_transformer_blocks.") for key in network.weights):
-        return _flux_names(network)
+        return _transformer_names(flux_layout(network.config))
+    if "pos_embed.proj.weight" in network.weights:
+        return _transformer_names(sd3_layout(network.config))
     return {}
 
 
-def _unet_names(network: Network) -> dict[str, Layers]:
-    original = {ours: theirs for theirs, ours in ldm.unet_names(network.config).items()}
-    return {ldm.rename(layer, original): Layers((layer,)) for layer in _layers(network)}
-
-
-_FLUX_NAMES = {
-    "img_in": Layers(("x_embedder",)),
-    "txt_in": Layers(("context_embedder",)),
-    "final_layer.linear": Layers(("proj_out",)),
-    # scale and shift, there and here
-    "final_layer.adaLN_modulation.1": Layers(("norm_out.linear",), halves_swapped=True),
-    **{
-        f"{theirs}.{layer}": Layers((f"time_text_embed.{ours}.linear_{number}",))
-        for theirs, ours in (
-            ("time_in", "timestep_embedder"),
-            ("vector_in", "text_embedder"),
-            ("guidance_in", "guidance_embedder"),
-        )
-        for number, layer in ((1, "in_layer"), (2, "out_layer"))
-    },
-}
-_FLUX_DOUBLE_BLOCK = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
-}
-_FLUX_SINGLE_BLOCK = {
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-    "modulation.lin": ("norm.linear",),
-}
-
-
-def _flux_names(network: Network) -> dict[str, Layers]:
-    names = dict(_FLUX_NAMES)
-    for theirs, ours, inside in (
-        ("double_blocks", "transformer_blocks", _FLUX_DOUBLE_BLOCK),
-        ("single_blocks", "single_transformer_blocks", _FLUX_SINGLE_BLOCK),
-    ):
-        for number in {key.split(".")[1] for key in network.weights if key.startswith(f"{ours}.")}:
-            for name, layers in inside.items():
-                place = Layers(tuple(f"{ours}.{number}.{layer}" for layer in layers))
-                names[f"{theirs}.{number}.{name}"] = place
-    return names
+def _transformer_names(layout: Layout) -> dict[str, Layers]:
+    alone = {theirs: Layers((ours,), ours in layout.swapped) for theirs, ours in layout.names.items()}
+    return {**alone, **{theirs: Layers(tuple(parts)) for theirs, parts in layout.fused.items()}}
 
 
 def _layers(network: Network) -> set[str]:

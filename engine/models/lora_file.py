@@ -48,6 +48,13 @@ class LoraLayer:
     def flat_name(self) -> str:
         return flat(self.name)
 
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """FLUX has T5 in second place, and files for it call it the third all the same; no other encoder has its
+        names."""
+        is_third = self.target is Target.TEXT_ENCODER_3
+        return (self.target, Target.TEXT_ENCODER_2) if is_third else (self.target,)
+
 
 @dataclass(frozen=True)
 class LoraFile:

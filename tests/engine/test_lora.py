@@ -15,6 +15,7 @@ from comfyui_mend.engine.models.protocol import PromptSyntax
 from comfyui_mend.engine.types import InputError, ModelFileError
 from safetensors.torch import save_file
 from tiny import tiny_pipeline
+from tiny_flow import tiny_flux, tiny_sd3
 from tiny_sdxl import save_tiny_sdxl, tiny_sdxl
 
 CPU = LocalHost(torch.device("cpu"))
@@ -419,7 +420,7 @@ def test_flux_layers_that_files_join_are_parted(tmp_path):
         for n, (name, parts) in enumerate(joined.items())
     }
     layers["img_in"] = factors(before["x_embedder.weight"][:, :16])  # of the model that does not inpaint
-    network = Network("transformer", before, {}, torch.float32)
+    network = Network("transformer", before, {"num_layers": 1, "num_single_layers": 1}, torch.float32)
     for prefix, dots in (("lora_unet_", False), ("diffusion_model.", True)):
         state = kohya(layers, 2.0, "")
         if dots:
@@ -442,6 +443,51 @@ def test_flux_layers_that_files_join_are_parted(tmp_path):
             assert relative(expected, found) <= 1e-6, name
         untouched = ("transformer_blocks.0.attn.to_out.0.weight", "context_embedder.weight")
         assert all(torch.equal(before[key], weights[key]) for key in untouched)
+
+
+def test_a_flux_model_with_its_text_encoders(tmp_path):
+    pipeline = tiny_flux()
+    pipeline.save_pretrained(tmp_path / "flux")
+    transformer, t5 = pipeline.transformer.state_dict(), pipeline.text_encoder_2.state_dict()
+    layer, attention = "transformer_blocks.0.attn.to_q", "encoder.block.0.layer.0.SelfAttention.q"
+    pairs = [factors(transformer[f"{layer}.weight"]), factors(t5[f"{attention}.weight"], 1)]
+    state = {f"transformer.{layer}.lora_A.weight": pairs[0][0], f"transformer.{layer}.lora_B.weight": pairs[0][1]}
+    state |= kohya({attention: pairs[1]}, None, "lora_te3_")
+    text = text_network(pipeline.text_encoder).weights[f"{TEXT}.weight"]
+    pairs.append(factors(text, 2))
+    state |= kohya({f"text_model.{TEXT}": pairs[2]}, None, "lora_te1_")
+    model = load_model(tmp_path / "flux", CPU, loras=[Lora(write(tmp_path / "x.safetensors", state))])
+    assert model.notices == ()
+    found = model.denoiser.module.state_dict()[f"{layer}.weight"]
+    assert relative(transformer[f"{layer}.weight"] + product(*pairs[0]), found) <= 1e-6
+    encoders = [model.clip.encoder.module, model.t5.encoder.module]
+    found = [text_network(encoders[0]).weights[f"{TEXT}.weight"], encoders[1].state_dict()[f"{attention}.weight"]]
+    for before, pair, after in zip((text, t5[f"{attention}.weight"]), (pairs[2], pairs[1]), found, strict=True):
+        assert relative(before + product(*pair), after) <= 1e-6
+
+
+def test_sd3_layers_that_files_join_are_parted(tmp_path):
+    pipeline = tiny_sd3()
+    before = pipeline.transformer.state_dict()
+    last = pipeline.transformer.config.num_layers - 1
+    joined = {
+        "joint_blocks.0.x_block.attn.qkv": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+        "joint_blocks.0.context_block.mlp.fc1": ["transformer_blocks.0.ff_context.net.0.proj"],
+        f"joint_blocks.{last}.context_block.adaLN_modulation.1": [f"transformer_blocks.{last}.norm1_context.linear"],
+    }
+    layers = {
+        name: factors(torch.cat([before[f"{part}.weight"] for part in parts]), n)
+        for n, (name, parts) in enumerate(joined.items())
+    }
+    network = Network("transformer", before, dict(pipeline.transformer.config), torch.float32)
+    weights, notices = fused(network, Lora(write(tmp_path / "sd3.safetensors", kohya(layers))))
+    assert notices == ()
+    for name, parts in joined.items():
+        change = 2 * product(*layers[name])
+        if "adaLN" in name:
+            change = torch.cat(change.chunk(2)[::-1])
+        expected = torch.cat([before[f"{part}.weight"] for part in parts]) + change
+        assert relative(expected, torch.cat([weights[f"{part}.weight"] for part in parts])) <= 1e-6, name
 
 
 # --- what fits nowhere
