@@ -3,6 +3,7 @@
 Random networks give latents of any size, so differences are relative to the largest latent.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,8 @@ from comfyui_mend.engine.models.load import check_folder, find_parts, load_model
 from comfyui_mend.engine.models.modules import assemble
 from comfyui_mend.engine.models.protocol import Conditioning, Posterior, PromptSyntax
 from comfyui_mend.engine.models.weight_files import read_json
-from comfyui_mend.engine.types import Compat, Crop, InpaintRequest, InputError, ModelFileError
+from comfyui_mend.engine.sampling import make_schedule
+from comfyui_mend.engine.types import Compat, Crop, InpaintRequest, InputError, ModelFileError, Size
 from headers import write_header
 from PIL import Image
 from safetensors.torch import save_file
@@ -257,6 +259,17 @@ def test_what_the_network_reads_is_told(fill, dev, schnell):
     assert make_model(flux, schnell).facts.embedded_guidance
     assert make_model(flux, dev).t5.length == 512
     assert make_model(flux, schnell).t5.length == 256
+
+
+def test_the_shift_follows_the_canvas(fill, schnell):
+    request = InpaintRequest(image=torch.zeros(1, 8, 8, 3), mask=torch.zeros(1, 8, 8), scheduler="K_EULER", steps=20)
+
+    def middle(pipeline, side):
+        return make_schedule(request, make_model(flux, pipeline), Size(side, side)).levels[10].noise
+
+    for side, mu in ((256, 0.5), (1024, 1.15)):
+        assert middle(fill, side) == pytest.approx(1 / (1 + math.exp(-mu)), abs=1e-5)
+        assert middle(schnell, side) == pytest.approx(0.5)
 
 
 def test_the_negative_prompt_is_not_read(dev):
