@@ -116,9 +116,10 @@ class Keys:
 _ADD_ONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("lora_controlnet",), "a control-LoRA", "choose the model it was made for"),
     (("lora_", ".lora_A.", ".lora_down.", ".lora.down.", ".lora_up.", ".hada_w1", ".lokr_w1"), "a LoRA",
-     "choose the model it was made for"),
+     "choose the model it was made for, and add this with Load LoRA (Mend)"),
     (("control_model.", "controlnet_cond_embedding.", "input_hint_block.", "controlnet_blocks.",
-      "controlnet_x_embedder.", "control_add_embedding."), "a ControlNet", "choose the model it was made for"),
+      "controlnet_x_embedder.", "control_add_embedding."), "a ControlNet",
+     "choose the model it was made for, and load this with Load ControlNet (Mend)"),
     (("image_proj.", "ip_adapter."), "an IP-Adapter", "choose the model it was made for"),
     (("emb_params", "string_to_param"), "a textual inversion embedding", "put it in models/embeddings"),
     (("concept_embeds",), "a safety checker", "load it with the safety checker's loader"),

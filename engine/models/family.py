@@ -46,7 +46,8 @@ class LoadOptions:
     """How a model is used, as far as that is settled when it is loaded; raises InputError for what is out of range."""
 
     clip_skip: int = 0
-    """Which of the CLIP text encoder's layers is read, counted from its last as 1; 0 for the family's own."""
+    """Which of the CLIP text encoder's layers is read, counted from its last as 1; 0 for the family's own. Pooled
+    prompts are always the last one's, so that FLUX, which reads nothing else of CLIP, is not changed."""
     size_conditioning: SizeConditioning = SizeConditioning.CANVAS
 
     def __post_init__(self) -> None:

@@ -152,8 +152,12 @@ def test_compat_reproduces_both_prompts_in_a_batch(nine):
     assert relative(theirs, mine) <= GATE
 
 
-def test_v_prediction_is_reproduced():
+@pytest.mark.parametrize("settings", [{}, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}], ids=str)
+def test_v_prediction_is_reproduced(settings):
+    from diffusers import EulerDiscreteScheduler
+
     pipeline = tiny_sdxl(in_channels=4, prediction_type="v_prediction")
+    pipeline.scheduler = EulerDiscreteScheduler.from_config({**pipeline.scheduler.config, **settings})
     assert relative(reference(pipeline), ours(pipeline)) <= GATE
 
 
