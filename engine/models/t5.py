@@ -31,7 +31,10 @@ ACTIVATION_BYTES = 400 * MIB
 def build_t5(config: Config) -> nn.Module:
     from transformers import T5Config, T5EncoderModel
 
-    return T5EncoderModel(T5Config.from_dict(dict(config)))
+    module = T5EncoderModel(T5Config.from_dict(dict(config)))
+    # one table, also in the versions of transformers that tie it only when a checkpoint is loaded their way
+    module.set_input_embeddings(module.shared)
+    return module
 
 
 def read_t5(state: State, config: Config) -> dict[str, Tensor]:

@@ -461,6 +461,7 @@ def test_a_whole_t5_gives_its_encoder(fill):
     module = assemble(lambda: flux.T5.build(config), flux.T5.read(state, config), torch.float32, "tiny")
     ids = torch.tensor([[5, 6, 1]])
     assert torch.allclose(module(ids)[0], encoder(ids)[0], atol=1e-6)
+    assert module.shared is module.encoder.embed_tokens  # and not a second table of 260 MB
 
 
 # --- loading
