@@ -150,10 +150,10 @@ class ComfyModule:
 
     def _still_loaded(self, activation_bytes: int, together: Sequence[ComfyModule]) -> bool:
         """Whether nothing happened since the last load: a load costs as much as a small denoising step."""
-        newest = mm.loaded_models()[: len(together)]
+        # hosts before 0.28 load those that go together in any order
+        newest = {id(patcher) for patcher in mm.loaded_models()[: len(together)]}
         return (
-            len(newest) == len(together)
-            and all(patcher is module.patcher for patcher, module in zip(newest, together, strict=True))
+            newest == {id(module.patcher) for module in together}
             and activation_bytes <= self._activation_bytes
             and all(module._holder.model_loaded_weight_memory == module._resident_bytes for module in together)
         )
@@ -170,6 +170,7 @@ class ComfyProgress:
         self._console = TerminalProgress(total, description) if comfy.utils.PROGRESS_BAR_ENABLED else SilentProgress()
         self._previewer: Any = None
         self._previewer_chosen = False
+        self._frames = False
 
     def update(self, step: int, preview: Tensor | None = None) -> None:
         # the bar looks at the stop button only when it has something to send
@@ -185,8 +186,14 @@ class ComfyProgress:
         if not self._previewer_chosen:
             self._previewer_chosen = True
             if self._latent_format is not None:
+                self._frames = self._latent_format.latent_dimensions == 3
                 self._previewer = latent_preview.get_previewer(latents.device, self._latent_format())
-        return None if self._previewer is None else self._previewer.decode_latent_to_preview_image("JPEG", latents)
+        if self._previewer is None:
+            return None
+        # what is made for videos expects a picture to be one frame
+        latents = latents.unsqueeze(2) if self._frames else latents
+        picture: tuple[str, Any, int] = self._previewer.decode_latent_to_preview_image("JPEG", latents)
+        return picture
 
 
 class ComfyHost:

@@ -530,6 +530,7 @@ def host() -> dict:
     ComfyHost().progress(1, "Sixteen channels", "Flux").update(1, torch.randn(1, 16, 8, 8))
     ComfyHost().progress(1, "Latents of its own").update(1, torch.randn(1, 4, 8, 8))
     ComfyHost().progress(1, "From a later ComfyUI", "NotYetKnown").update(1, torch.randn(1, 4, 8, 8))
+    report["previewed formats"] = previewed_formats()
     report["previews differ"] = preview_colours()
     report["progress"] = [
         [value, total, None if p is None else [p[0], list(p[1].size), p[1].mode, p[2]]] for value, total, p in seen
@@ -543,6 +544,24 @@ def host() -> dict:
         except mm.InterruptProcessingException:
             interrupts += 1
     return {**report, "interrupts": interrupts, "pending": mm.processing_interrupted()}
+
+
+def previewed_formats() -> dict[str, str]:
+    """What each family's latents of one picture become: the size of the preview, or what went wrong."""
+    import comfy.latent_formats
+    from comfyui_mend.nodes.comfy_host import ComfyProgress
+
+    report = {}
+    for name, kind in vars(comfy.latent_formats).items():
+        # AV: video and sound in one, of which ComfyUI shows nothing either
+        if not isinstance(kind, type) or getattr(kind, "latent_dimensions", 0) < 2 or name.endswith("AV"):
+            continue
+        try:
+            picture = ComfyProgress(1, "", name)._picture(torch.randn(2, kind().latent_channels, 8, 8))
+            report[name] = "none" if picture is None else str(min(picture[1].size) >= 8)
+        except Exception as error:
+            report[name] = repr(error)
+    return report
 
 
 def preview_colours() -> bool:

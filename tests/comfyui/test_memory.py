@@ -154,6 +154,12 @@ def test_progress_carries_previews_where_the_user_wants_them(found):
     assert found["host"]["previews differ"]
 
 
+def test_every_kind_of_latents_that_comfyui_can_show_is_shown(found):
+    formats = found["host"]["previewed formats"]
+    assert {name: shown for name, shown in formats.items() if shown not in ("True", "none")} == {}
+    assert {"SD15", "SDXL", "SD3", "Flux", "Wan21"} <= {name for name, shown in formats.items() if shown == "True"}
+
+
 def test_an_interrupt_is_seen_by_the_check_and_by_the_bar(found):
     assert found["host"]["interrupts"] == 2
     assert not found["host"]["pending"]
