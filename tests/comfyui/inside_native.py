@@ -6,6 +6,7 @@ Prints as one line of JSON how far the engine's pictures and latents are apart; 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(inside.ROOT / "tests"))
 import comfy.model_management as mm  # noqa: E402
 import comfy.model_sampling  # noqa: E402
 from comfy.cli_args import args  # noqa: E402
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete  # noqa: E402
 
 args.force_fp32 = args.fp32_text_enc = True
 
@@ -111,6 +113,20 @@ def parity() -> dict:
     models = both(tiny_pipeline(in_channels=9, groups=32, prediction_type="v_prediction"))
     rows["v"] = compare(*models)
     rows["v strength .6"] = compare(*models, strength=0.6, scheduler="PNDM")
+    reference, native = models
+    reference.facts = replace(
+        reference.facts,
+        scheduler_config={
+            **reference.facts.scheduler_config,
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+            "_use_default_values": [],
+        },
+    )
+    (rescaled,) = ModelSamplingDiscrete().patch(native.patcher, "v_prediction", True)
+    native = NativeModel(rescaled, native.vae, native.clip, native_size=128)
+    for scheduler in ("DDIM", "K_EULER", "DPMSolverMultistep"):
+        rows[f"zero snr {scheduler}"] = compare(reference, native, scheduler=scheduler)
     return rows
 
 
