@@ -152,7 +152,10 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("computer")
     machine.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 or mps (default: the fastest there is)")
     machine.add_argument(
-        "--dtype", **which(DTYPES, "precision of the weights (default: float32 on the CPU, else float16)")
+        "--dtype",
+        **which(
+            DTYPES, "precision of the weights (default: float32 on the CPU, else float16, the VAE bfloat16 or float32)"
+        ),
     )
     add_models_dir(machine)
 
