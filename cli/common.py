@@ -153,9 +153,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 or mps (default: the fastest there is)")
     machine.add_argument(
         "--dtype",
-        **which(
-            DTYPES, "precision of the weights (default: float32 on the CPU, else float16, the VAE bfloat16 or float32)"
-        ),
+        **which(DTYPES, "precision of the weights (default: float32 on the CPU, else float16 and a VAE that holds it)"),
     )
     add_models_dir(machine)
 
