@@ -120,6 +120,11 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host) -> Inpaint
         done += schedule.evaluations
     untouched = request.image.shape[0] - len({job.part.source for job in jobs})
     notices = [f"{untouched} of the masks are empty: their pictures are returned as they came."] if untouched else []
+    usual = model.facts.usual_guidance
+    if usual is not None and not usual / 2 <= request.guidance_scale <= usual * 2:
+        notices.append(
+            f"{model.facts.name} was made for a guidance_scale of about {usual:g}; it was {request.guidance_scale:g}."
+        )
     strongest = max(float(job.part.stitch_mask.max()) for job in jobs)
     if strongest < 1:
         notices.append(

@@ -45,6 +45,8 @@ SAME_SIGMAS = 1e-4
 """Relative difference of noise levels that is rounding: ComfyUI's are float64 products, diffusers' float32."""
 SDXL_CONTEXT = 2048
 """Width of the prompt embeddings, by which the checkpoints' own scheduler settings are known."""
+FILL_GUIDANCE = 30.0
+"""Of FLUX Fill; conditioning may hold a value of its own."""
 FLUX_SHIFT = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 CLEAN = 1e-3
 """Share of the first noise level below which the last is none."""
@@ -90,7 +92,7 @@ class NativeModel:
         self.patcher, self.vae, self.clip = patcher, vae, clip
         self._positive, self._negative = positive, negative
         self._guider: Any = None
-        self.facts = _facts(patcher, vae, native_size, lambda: self._guider)
+        self.facts = _facts(patcher, vae, native_size, lambda: self._guider, positive is None)
         self._frames = patcher.model.latent_format.latent_dimensions == 3
 
     def conditioned(self, positive: Cond | None, negative: Cond | None) -> NativeModel:
@@ -315,7 +317,7 @@ def mask_rule(function: Any, flow: bool, guider: Callable[[], Any]) -> MaskRule 
 # ------------------------------------------------------------------------------------------------------------ facts
 
 
-def _facts(patcher: ModelPatcher, vae: Any, native_size: int, guider: Callable[[], Any]) -> ModelFacts:
+def _facts(patcher: ModelPatcher, vae: Any, native_size: int, guider: Callable[[], Any], prompted: bool) -> ModelFacts:
     model = patcher.model
     name = type(getattr(model, "model_config", model)).__name__
     sampling = patcher.get_model_object("model_sampling")
@@ -329,11 +331,11 @@ def _facts(patcher: ModelPatcher, vae: Any, native_size: int, guider: Callable[[
             f"The VAE has latents of {vae.latent_channels} channels and the model ({name}) of {channels}: connect the"
             " VAE that belongs to the model."
         )
-    flow = config["prediction_type"] == Prediction.FLOW
+    flow, conditioning = config["prediction_type"] == Prediction.FLOW, _conditioning(patcher, name)
     downscale = int(vae.spacial_compression_encode())
     return ModelFacts(
         name=name,
-        conditioning=_conditioning(patcher, name),
+        conditioning=conditioning,
         native_size=native_size or _native_size(model, isinstance(sampling, comfy.model_sampling.V_PREDICTION)),
         scheduler_config=config,
         latent_channels=channels,
@@ -341,6 +343,7 @@ def _facts(patcher: ModelPatcher, vae: Any, native_size: int, guider: Callable[[
         # transformers read patches of 2 x 2 cells, unless the cells are that large themselves
         multiple=max(16, downscale) if flow else downscale,
         embedded_guidance=_reads_guidance(model),
+        usual_guidance=FILL_GUIDANCE if flow and conditioning is Conditioning.CONCAT and prompted else None,
         latent_format=type(model.latent_format).__name__,
         mask_rule=mask_rule(patcher.model_options.get("denoise_mask_function"), flow, guider),
     )
@@ -428,7 +431,8 @@ def _native_size(model: Any, v_prediction: bool) -> int:
 
 
 def _reads_guidance(model: Any) -> bool:
-    return bool(model.model_config.unet_config.get("guidance_embed", False))
+    """FLUX: dev and Fill read the scale, schnell was distilled without any."""
+    return model.model_config.unet_config.get("image_model") == "flux"
 
 
 def wrap(model: ModelPatcher, vae: Any, clip: Any, native_size: int) -> NativeMendModel:

@@ -33,6 +33,7 @@ PATCH = 2
 T5_TOKENS = 512
 SCHNELL_T5_TOKENS = 256
 """Of T5, the padding included, that the networks were trained with."""
+FILL_GUIDANCE = 30.0
 FILL_CHANNELS = 384
 NATIVE_SIZE = 1024
 
@@ -150,6 +151,7 @@ def flux_facts(components: Components) -> ModelFacts:
         downscale=components.downscale,
         multiple=components.downscale * PATCH,
         embedded_guidance=True,
+        usual_guidance=FILL_GUIDANCE if fill else None,
     )
 
 

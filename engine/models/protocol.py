@@ -57,6 +57,8 @@ class ModelFacts:
     embedded_guidance: bool = False
     """Whether the network reads the guidance scale as a number of its own (FLUX dev and Fill); nothing is guided away
     from a negative prompt then."""
+    usual_guidance: float | None = None
+    """The guidance scale the network was made for, where that is far from the usual 5 to 9."""
     mask_rule: MaskRule | None = None
     """What to do with a soft mask in the place of the engine's own rule."""
     control_width: int | None = None

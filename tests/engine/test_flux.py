@@ -261,6 +261,18 @@ def test_what_the_network_reads_is_told(fill, dev, schnell):
     assert make_model(flux, schnell).t5.length == 256
 
 
+@pytest.mark.parametrize(("guidance_scale", "told"), [(7.5, True), (14.9, True), (15.0, False), (30.0, False)])
+def test_a_guidance_scale_that_is_not_fills_is_told(fill, guidance_scale, told):
+    model = make_model(flux, fill)
+    model.facts = replace(model.facts, native_size=64)
+    image, mask = photo_and_mask(64, 64)
+    request = InpaintRequest(
+        image=image, mask=mask, steps=1, scheduler="K_EULER", guidance_scale=guidance_scale, crop=Crop.OFF
+    )
+    notices = inpaint.inpaint(request, model, HOST).notices
+    assert any("about 30" in notice for notice in notices) is told
+
+
 def test_the_shift_follows_the_canvas(fill, schnell):
     request = InpaintRequest(image=torch.zeros(1, 8, 8, 3), mask=torch.zeros(1, 8, 8), scheduler="K_EULER", steps=20)
 
