@@ -19,6 +19,8 @@ from comfyui_mend.engine.models.controlnet import (
     load_controlnet,
     read_state,
 )
+from comfyui_mend.engine.models.detect import CONFIGS
+from comfyui_mend.engine.models.weight_files import read_json
 from comfyui_mend.engine.outpaint import Padding, pad
 from comfyui_mend.engine.types import Box, Compat, Crop, InpaintRequest, InputError, ModelFileError
 from PIL import Image
@@ -455,6 +457,24 @@ def test_a_size_is_read_from_the_weights():
         theirs = net.config[key]
         assert config[key] == (list(theirs) if isinstance(theirs, tuple) else theirs), key
     assert set(read_state(original_names(net.state_dict(), net.config))) == set(net.state_dict())
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd2-base", "sdxl"])
+def test_the_published_sizes_are_read_from_the_weights(family):
+    """Networks of full size, without any data."""
+    from diffusers import ControlNetModel
+
+    unet = read_json(CONFIGS / family / "unet" / "config.json")
+    sizes = ("block_out_channels", "layers_per_block", "down_block_types", "cross_attention_dim", "attention_head_dim")
+    more = ("use_linear_projection", "addition_embed_type", "addition_time_embed_dim", "transformer_layers_per_block")
+    known = {key: unet[key] for key in (*sizes, *more, "projection_class_embeddings_input_dim") if key in unet}
+    with torch.device("meta"):
+        net = ControlNetModel(**known)
+        again = ControlNetModel(**infer_config(net.state_dict(), family))
+    shapes = [{key: tensor.shape for key, tensor in one.state_dict().items()} for one in (net, again)]
+    assert shapes[0] == shapes[1] and len(shapes[0]) > 300
+    assert infer_config(net.state_dict(), family)["attention_head_dim"] == unet["attention_head_dim"]
+    assert set(read_state(original_names(net.state_dict(), net.config))) == set(shapes[0])
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_mend.engine.host import LocalHost, Role
-from comfyui_mend.engine.models import ldm
+from comfyui_mend.engine.models import ldm, lora
+from comfyui_mend.engine.models.detect import CONFIGS
 from comfyui_mend.engine.models.load import load_model
 from comfyui_mend.engine.models.lora import Lora, LoraStack, Network, decompose
 from comfyui_mend.engine.models.lora_file import read_lora
 from comfyui_mend.engine.models.protocol import PromptSyntax
+from comfyui_mend.engine.models.weight_files import read_json
 from comfyui_mend.engine.types import InputError, ModelFileError
 from safetensors.torch import save_file
 from tiny import tiny_pipeline
@@ -392,6 +394,36 @@ def test_sdxl_by_both_names_with_both_text_encoders(tmp_path):
     for (number, encoder), reader in zip(encoders.items(), model.readers, strict=True):
         expected = text_network(encoder).weights[f"{TEXT}.weight"] + 0.5 * 2 * product(*pairs[number])
         assert relative(expected, text_network(reader.encoder.module).weights[f"{TEXT}.weight"]) <= 1e-6
+
+
+KOHYA_SDXL = {
+    "input_blocks_4_1_transformer_blocks_0_attn1_to_q": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    "middle_block_1_transformer_blocks_9_ff_net_0_proj": "mid_block.attentions.0.transformer_blocks.9.ff.net.0.proj",
+    "output_blocks_5_1_transformer_blocks_1_attn2_to_k": "up_blocks.1.attentions.2.transformer_blocks.1.attn2.to_k",
+    "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+    "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+    "output_blocks_0_0_skip_connection": "up_blocks.0.resnets.0.conv_shortcut",
+    "input_blocks_1_0_emb_layers_1": "down_blocks.0.resnets.0.time_emb_proj",
+    "input_blocks_4_1_proj_in": "down_blocks.1.attentions.0.proj_in",
+    "label_emb_0_0": "add_embedding.linear_1",
+    "time_embed_0": "time_embedding.linear_1",
+    "out_2": "conv_out",
+}
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd2-base", "sdxl"])
+def test_every_layer_of_the_published_sizes_has_its_names(family):
+    """Networks of full size, without any data."""
+    from diffusers import UNet2DConditionModel
+
+    config = read_json(CONFIGS / family / "unet" / "config.json")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    places = lora._places(Network("unet", unet.state_dict(), config, torch.float32))
+    layers = [name for name, module in unet.named_modules() if getattr(module, "weight", None) is not None]
+    assert len(layers) > 300 and all(places[name.replace(".", "_")].names == (name,) for name in layers)
+    if family == "sdxl":
+        assert {name: places[name].names[0] for name in KOHYA_SDXL} == KOHYA_SDXL
 
 
 def flux_state(random, width=16, context=24):
