@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from test_workflows import FAMILIES, MODEL, PHOTO, WORKFLOWS, load, photo_with_hole
 from workspace import PACK_FOLDER, Server, documented_nodes
 
 COMFY = Path(sys.executable).with_name("comfy")
@@ -102,10 +103,9 @@ def test_comfyui_offers_the_workflows_as_templates(published):
     assert set(offered) == shipped and shipped
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "workflows" / "api").glob("*.json"))])
+@pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS if path not in FAMILIES])
 @pytest.mark.parametrize("form", ["api", "ui"])
 def test_comfy_run_produces_the_picture(comfy, published, name, form, tmp_path):
-    from test_workflows import MODEL, PHOTO, load, photo_with_hole
     from tiny import save_tiny_model
 
     model = Path(published.base) / "models" / "diffusers" / MODEL

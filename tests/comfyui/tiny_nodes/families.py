@@ -180,14 +180,11 @@ def z_image_clip() -> Any:
     return clip(z_image.ZImageTokenizer, z_image.te(), model_name="qwen3_4b", qwen3_4b_model_config=QWEN_3)
 
 
-def patcher(settings: type, config: dict[str, Any], kind: type, **options: Any) -> Any:
+def patcher(settings: type, config: dict[str, Any], kind: type) -> Any:
     known = settings(dict(config))
     known.unet_config = config
     known.set_inference_dtype(torch.float32, None)
-    for name, value in options.pop("attributes", {}).items():
-        setattr(known, name, value)
-    model = kind(known, device=CPU, **options)
-    return comfy.model_patcher.ModelPatcher(random_weights(model), CPU, CPU)
+    return comfy.model_patcher.ModelPatcher(random_weights(kind(known, device=CPU)), CPU, CPU)
 
 
 # ------------------------------------------------------------------------------------------ a stand-in for edit models
@@ -240,14 +237,19 @@ class Edit(nn.Module):
         return (x - F.pixel_unshuffle(picture, CELL)) / timesteps.to(x).view(-1, 1, 1, 1)
 
 
+class EditModel(comfy.model_base.QwenImage):
+    """What a Qwen-Image-Edit is given, references and all, for another network."""
+
+    def __init__(self, settings: Any, device: Any) -> None:
+        settings.latent_format = Pixels()
+        kind = comfy.model_base.ModelType.FLUX
+        comfy.model_base.BaseModel.__init__(self, settings, kind, device=device, unet_model=Edit)
+        self.memory_usage_factor_conds = ("ref_latents",)
+
+
 def edit_model() -> Any:
-    return patcher(
-        comfy.supported_models.QwenImage,
-        {"image_model": "qwen_image", "in_channels": Pixels.latent_channels, "dtype": torch.float32},
-        comfy.model_base.QwenImage,
-        unet_model=Edit,
-        attributes={"latent_format": Pixels()},
-    )
+    config = {"image_model": "qwen_image", "in_channels": Pixels.latent_channels, "dtype": torch.float32}
+    return patcher(comfy.supported_models.QwenImage, config, EditModel)
 
 
 MODELS = {
