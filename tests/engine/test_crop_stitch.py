@@ -373,6 +373,16 @@ def test_a_mask_for_the_way_back_never_reaches_beyond_the_one_that_was_cut():
         stitch_crops(cropped.record, cropped.crops, masks=[torch.ones(1, 8, 100)])
 
 
+def test_each_region_has_its_mask_for_the_way_back():
+    image, mask = photo(), halves()
+    cropped = crop_to_mask(image, mask, OWN_SIZE, separate=Separate.EACH)
+    on_the_right = [float(patch.plan.box.left > 60) for patch in cropped.record.patches]
+    masks = [torch.full(crop.shape[:3], value) for crop, value in zip(cropped.crops, on_the_right, strict=True)]
+    back = stitch_crops(cropped.record, repaint(cropped.crops), options=PLAIN, masks=masks)
+    changed = (back.images != image).any(dim=-1)
+    assert torch.equal(changed, (mask > 0) & (torch.arange(120) > 60))
+
+
 def test_what_the_sampler_may_change_is_whole_cells():
     cropped = crop_to_mask(photo(), square(box=Box(41, 41, 42, 42)), CropOptions(target=None, min_size=64))
     patch = cropped.record.patches[0]
