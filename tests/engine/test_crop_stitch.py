@@ -376,7 +376,7 @@ def test_a_mask_for_the_way_back_never_reaches_beyond_the_one_that_was_cut():
 def test_each_region_has_its_mask_for_the_way_back():
     image, mask = photo(), halves()
     cropped = crop_to_mask(image, mask, OWN_SIZE, separate=Separate.EACH)
-    on_the_right = [float(patch.plan.box.left > 60) for patch in cropped.record.patches]
+    on_the_right = [float(patch.plan.box.left > 0) for patch in cropped.record.patches]
     masks = [torch.full(crop.shape[:3], value) for crop, value in zip(cropped.crops, on_the_right, strict=True)]
     back = stitch_crops(cropped.record, repaint(cropped.crops), options=PLAIN, masks=masks)
     changed = (back.images != image).any(dim=-1)
