@@ -30,7 +30,7 @@ COMPARE = {"before": IMAGE, "after": IMAGE, "mask": MASK, "max_outside": 0.0, "o
         ("MendMaskFromImage", DIFFERENCE, ("image", "changed_image")),
         ("MendCombineMasks", {"a": MASK, "b": MASK, "operation": "and"}, ("a", "b")),
         ("MendCropToMask", CUT, ("image", "mask", "stitch_mask", "context_mask")),
-        ("MendStitch", {"image": IMAGE, "crop": CROP}, ("image", "crop", "original")),
+        ("MendStitch", {"image": IMAGE, "crop": CROP}, ("image", "crop", "original", "mask")),
         ("MendSaveCrop", {"crop": CROP, "filename_prefix": "crop"}, ("crop",)),
         ("MendFill", {"image": IMAGE, "mask": MASK, "method": "edge"}, ("image", "mask", "fill_model")),
         ("MendOutpaintPad", PAD, ("image", "fill_model")),
