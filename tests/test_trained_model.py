@@ -181,7 +181,7 @@ def test_outpainting_continues_a_gradient_across_the_seam(model, host):
     assert (picture[:, :, 64] - picture[:, :, 63]).abs().mean() < 0.05
     new, wanted = picture[:, :, 64:], whole[:, :, 64:]
     one_color = wanted.mean(dim=(1, 2), keepdim=True)
-    assert (new - wanted).abs().mean() < 0.85 * (one_color - wanted).abs().mean()
+    assert (new - wanted).abs().mean() < 0.9 * (one_color - wanted).abs().mean()
     red = new[0, :, :, 0].mean(dim=1)
     assert red[-8:].mean() - red[:8].mean() > 0.2  # of .57
 

@@ -58,7 +58,7 @@ class Kind(str, Enum):
     """The hole covers background only and the caption is empty."""
 
 
-SHARES: dict[Kind, float] = {Kind.PAINT: 0.6, Kind.RESTORE: 0.1, Kind.REMOVE: 0.3}
+SHARES: dict[Kind, float] = {Kind.PAINT: 0.5, Kind.RESTORE: 0.1, Kind.REMOVE: 0.4}
 
 
 @dataclass(frozen=True, eq=False)
@@ -369,7 +369,7 @@ MASKS: dict[Callable[[Generator], Array], float] = {
     _box: 0.3,
     _ellipse: 0.15,
     _thick: 0.2,
-    _thin: 0.15,
-    _side: 0.15,
-    _whole: 0.05,
+    _thin: 0.1,
+    _side: 0.22,
+    _whole: 0.03,
 }

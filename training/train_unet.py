@@ -19,7 +19,7 @@ from .tokenizer import build_tokenizer
 
 SEED = 2
 SHEET_SEED = 1002
-STEPS = 7500
+STEPS = 11200
 BATCH = 32
 RATE = 1e-3
 DECAY = 0.4
@@ -28,10 +28,10 @@ FRESH = 48
 """Steps between two new shards of pictures."""
 EVERY = 500
 """Steps between two sample sheets."""
-DROPPED = 0.16
-DROPPED_BELOW = 600
+DROPPED = 0.25
+DROPPED_BELOW = 400
 """Captions are dropped where the picture is decided already: in pure noise no words mean that the background goes on,
-and in a picture that shows a shape they say nothing against it. 16 % below this time step are 10 % of all."""
+and in a picture that shows a shape they say nothing against it. 25 % below this time step are 10 % of all."""
 SNR_LIMIT = 5.0
 OUTSIDE = 0.2
 """Weight of latent cells outside the hole, which the masked image all but gives away."""
