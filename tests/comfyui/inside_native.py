@@ -159,6 +159,15 @@ def in_memory() -> dict:
             picture = inpaint(request, model, HOST).images.to(CPU)
             found[memory] = {"difference": float((picture - wanted).abs().max()), "most loaded": max(shares)}
             mm.unload_all_models()
+    tiny, other = native_sd(pipeline, VRAM), native_sd(pipeline, VRAM).model
+    with fake_vram(1.2 * mm.module_size(pipeline.unet)), torch.inference_mode():
+        model = NativeModel(tiny.model, tiny.vae, tiny.clip, native_size=128)
+        inpaint(request, model, HOST)
+        mm.load_models_gpu([other])
+        left = tiny.model.loaded_size() / tiny.model.model_size()
+        picture = inpaint(request, model, HOST).images.to(CPU)
+        found["evicted"] = {"difference": float((picture - wanted).abs().max()), "most loaded": left}
+        mm.unload_all_models()
     return found
 
 

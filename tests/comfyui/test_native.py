@@ -48,6 +48,7 @@ def test_the_picture_is_the_same_however_little_is_loaded(found):
         assert row["difference"] < PIXEL_GATE
     assert found["in_memory"]["full"]["most loaded"] == 1
     assert found["in_memory"]["40 %"]["most loaded"] < 0.5
+    assert found["in_memory"]["evicted"]["most loaded"] < 0.5  # by another model, before it painted again
 
 
 def test_what_other_nodes_put_on_a_model_acts(found):

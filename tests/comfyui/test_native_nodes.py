@@ -167,6 +167,28 @@ def test_a_ready_made_sampler_gives_what_inpaint_gives(client):
     assert "connect its second output" in run.error["exception_message"]
 
 
+def test_hooks_on_the_conditioning_act(client):
+    """A LoRA that only the prompt's branch has."""
+    graph = {
+        **loaded(strength=0.0),
+        **conditioned(),
+        "hook": node("CreateHookLora", lora_name="small-lora.safetensors", strength_model=2.0, strength_clip=0.0),
+        "hooked": node(
+            "ConditioningSetProperties",
+            cond_NEW=["positive", 0],
+            strength=1.0,
+            set_cond_area="default",
+            hooks=["hook", 0],
+        ),
+    }
+    plain, _ = picture(client, {**graph, **painted(positive=["positive", 0], negative=["negative", 0])})
+    hooked, _ = picture(client, {**graph, **painted(positive=["hooked", 0], negative=["negative", 0])})
+    assert_only_the_hole_changed(hooked)
+    assert (plain != hooked).any()
+    again, _ = picture(client, {**graph, **painted(positive=["positive", 0], negative=["negative", 0])})
+    assert np.array_equal(plain, again)  # and leave the weights as they were
+
+
 def test_differential_diffusion_on_the_model_is_followed(client):
     graph = {**loaded(), "differential": node("DifferentialDiffusion", model=["lora", 0])}
     graph["feathered"] = node("FeatherMask", mask=["photo", 1], left=60, top=60, right=60, bottom=60)
