@@ -29,3 +29,10 @@ def connected(name: str, value: object, kind: type[T], source: str) -> T:
     if not isinstance(value, kind):
         raise InputError(f"{name} is {str(value)[:80]!r}; connect {source} to it.")
     return value
+
+
+def wired(name: str, value: T, source: str) -> T:
+    """What came through a wire of ComfyUI's own, whose values other packs make as well: anything but a constant."""
+    if isinstance(value, (str, int, float, dict)):
+        raise InputError(f"{name} is {str(value)[:80]!r}; connect {source} to it.")
+    return value

@@ -13,7 +13,7 @@ from ..engine.schedulers import SCHEDULERS
 from ..engine.types import MAX_SEED, MAX_SIDE, Blend, Compat, Crop, InpaintRequest, InputError, Sigmas
 from .adapters import Controls, as_controls
 from .comfy_host import MendModel
-from .convert import ControlType, ModelType, connected
+from .convert import ControlType, ModelType, connected, wired
 from .native import NativeModel
 from .text import show
 
@@ -317,6 +317,10 @@ def conditioned(model: MendModel, positive: Any, negative: Any) -> InpaintModel:
     """The model with CONDITIONING in the place of prompts, if there is any."""
     if positive is None and negative is None:
         return model.model
+    positive, negative = (
+        wired("positive", positive, "CLIP Text Encode"),
+        wired("negative", negative, "CLIP Text Encode"),
+    )
     if not isinstance(model.model, NativeModel):
         raise InputError(
             "positive and negative conditioning can be followed by a model from Wrap Model (Mend) only, and this one is"

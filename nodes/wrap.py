@@ -12,7 +12,7 @@ from ..engine.masks import snap_to_grid, to_latent_grid
 from ..engine.schedulers import SCHEDULERS
 from ..engine.types import InputError, Sigmas
 from .conditioning import with_values
-from .convert import ModelType
+from .convert import ModelType, wired
 from .native import wrap
 from .native_sampler import ScheduledSampler, sigmas_for
 
@@ -65,7 +65,8 @@ class MendWrapModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, vae: Any, clip: Any = None, native_size: int = 0) -> io.NodeOutput:
-        return io.NodeOutput(wrap(model, vae, clip, native_size))
+        model = wired("model", model, "Load Checkpoint")
+        return io.NodeOutput(wrap(model, wired("vae", vae, "Load VAE"), wired("clip", clip, "Load CLIP"), native_size))
 
 
 class MendSampler(io.ComfyNode):
@@ -127,6 +128,7 @@ class MendSampler(io.ComfyNode):
         sigmas: str = Sigmas.DEFAULT.value,
         latent: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
+        model = wired("model", model, "Load Checkpoint")
         sampler = ScheduledSampler(model, scheduler, steps, strength, Sigmas(sigmas))
         return io.NodeOutput(sampler, sigmas_for(sampler, None if latent is None else latent["samples"]))
 
@@ -170,6 +172,10 @@ class MendInpaintConditioning(io.ComfyNode):
     def execute(
         cls, positive: Any, negative: Any, vae: Any, image: Any, mask: Any, noise_mask: bool = True
     ) -> io.NodeOutput:
+        positive, negative = (
+            wired(name, cond, "CLIP Text Encode") for name, cond in (("positive", positive), ("negative", negative))
+        )
+        vae = wired("vae", vae, "Load VAE")
         image, mask = pair(image, mask)
         cell = int(vae.spacial_compression_encode())
         size = size_of(image)

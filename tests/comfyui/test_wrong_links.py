@@ -22,10 +22,17 @@ PAD = {"image": IMAGE, "left": 8, "top": 0, "right": 0, "bottom": 0, "feather": 
 MATCH = {"image": IMAGE, "reference": IMAGE, "mask": MASK, "method": "mkl", "strength": 1.0}
 COMPARE = {"before": IMAGE, "after": IMAGE, "mask": MASK, "max_outside": 0.0, "on_failure": "stop"}
 
+LATENTS = {"positive": "x", "negative": "x", "vae": "x", "image": IMAGE, "mask": MASK, "noise_mask": True}
+SAMPLER = {"model": "x", "scheduler": "DDIM", "steps": 3, "strength": 1.0}
+
 
 @pytest.mark.parametrize(
     ("node", "inputs", "wires"),
     [
+        ("MendWrapModel", {"model": "x", "vae": "x"}, ("model",)),
+        ("MendSampler", SAMPLER, ("model",)),
+        ("MendInpaintConditioning", LATENTS, ("positive",)),
+        ("MendControlHint", {"image": IMAGE, "mask": MASK}, ("image", "mask")),
         ("MendPrepareMask", PREPARE, ("mask", "image")),
         ("MendMaskFromImage", DIFFERENCE, ("image", "changed_image")),
         ("MendCombineMasks", {"a": MASK, "b": MASK, "operation": "and"}, ("a", "b")),
