@@ -23,15 +23,42 @@ def with_values(cond: Cond, keep: bool = False, **values: Any) -> Cond:
     return [[tokens, {**values, **options} if keep else {**options, **values}] for tokens, options in cond]
 
 
-def on_canvas(cond: Cond, places: Sequence[Place]) -> Cond:
-    """``cond``, made for whole pictures, for canvases that show ``places`` of them.
+class Controls:
+    """Copies of ControlNets whose hints are cut to canvases that show ``places`` of whole pictures.
+
+    A ControlNet is copied once: ComfyUI runs entries together only where they share one.
+    """
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.places = places
+        self._copies: dict[int, Any] = {}
+
+    def cut(self, control: Any) -> Any:
+        """The copy of a ControlNet, and of those it is chained to."""
+        if id(control) in self._copies:
+            return self._copies[id(control)]
+        copied = self._copies[id(control)] = control.copy()
+        if control.cond_hint_original is not None:
+            # hints for inpainting hold -1 in the hole
+            copied.cond_hint_original = cut_planes((control.cond_hint_original + 1) / 2, self.places) * 2 - 1
+        copied.extra_concat_orig = [
+            cut_planes(planes, self.places) if min(planes.shape[-2:]) > 1 else planes
+            for planes in getattr(control, "extra_concat_orig", [])
+        ]
+        if control.previous_controlnet is not None:
+            copied.set_previous_controlnet(self.cut(control.previous_controlnet))
+        return copied
+
+
+def on_canvas(cond: Cond, controls: Controls) -> Cond:
+    """``cond``, made for whole pictures, for canvases that show the places of ``controls`` of them.
 
     ControlNet hints and masks are cut along, areas are moved; an area outside the canvas drops its entry. Raises
     InputError where that cannot be done.
     """
-    if not places:
+    if not controls.places:
         return cond
-    moved = [[tokens, _options_on_canvas(options, places)] for tokens, options in cond]
+    moved = [[tokens, _options_on_canvas(options, controls)] for tokens, options in cond]
     kept = [entry for entry in moved if entry[1] is not None]
     if not kept:
         raise InputError(
@@ -40,12 +67,12 @@ def on_canvas(cond: Cond, places: Sequence[Place]) -> Cond:
     return kept
 
 
-def _options_on_canvas(options: dict[str, Any], places: Sequence[Place]) -> dict[str, Any] | None:
-    moved = {**options}
+def _options_on_canvas(options: dict[str, Any], controls: Controls) -> dict[str, Any] | None:
+    moved, places = {**options}, controls.places
     if "gligen" in options and not all(_is_whole(place) for place in places):
         raise InputError("GLIGEN boxes cannot follow a crop: set crop to off.")
     if "control" in options:
-        moved["control"] = _control_on_canvas(options["control"], places)
+        moved["control"] = controls.cut(options["control"])
     if "mask" in options:
         masks = options["mask"] if options["mask"].ndim == 3 else options["mask"][None]
         moved["mask"] = cut_planes(masks[:, None], places)[:, 0]
@@ -59,21 +86,6 @@ def _options_on_canvas(options: dict[str, Any], places: Sequence[Place]) -> dict
 
 def _is_whole(place: Place) -> bool:
     return place.plan.box.size == place.picture
-
-
-def _control_on_canvas(control: Any, places: Sequence[Place]) -> Any:
-    """A copy of a ControlNet, and of those it is chained to, whose hint is cut to the canvas."""
-    copied = control.copy()
-    if control.cond_hint_original is not None:
-        # hints for inpainting hold -1 in the hole
-        copied.cond_hint_original = cut_planes((control.cond_hint_original + 1) / 2, places) * 2 - 1
-    copied.extra_concat_orig = [
-        cut_planes(planes, places) if min(planes.shape[-2:]) > 1 else planes
-        for planes in getattr(control, "extra_concat_orig", [])
-    ]
-    if control.previous_controlnet is not None:
-        copied.set_previous_controlnet(_control_on_canvas(control.previous_controlnet, places))
-    return copied
 
 
 def cut_planes(planes: Tensor, places: Sequence[Place]) -> Tensor:

@@ -34,7 +34,7 @@ from ..engine.models.protocol import (
 from ..engine.schedulers import Level, Prediction
 from ..engine.types import InputError, ModelFileError, Size
 from .comfy_host import ComfyHost, MendModel
-from .conditioning import Cond, on_canvas, with_values
+from .conditioning import Cond, Controls, on_canvas, with_values
 
 SUPPORTED = (
     "image models that predict noise (Stable Diffusion 1, 2, XL and their inpainting versions), v, or a flow (Stable"
@@ -161,8 +161,11 @@ class NativeModel:
         """See InpaintModel."""
         flow = self.facts.prediction_type == Prediction.FLOW
         patcher, clock = (self.patcher, None) if flow else with_clock(self.patcher)
-        positive = self._on_canvas(guidance.positive, canvas, guidance.scale)
-        negative = positive if guidance.negative is None else self._on_canvas(guidance.negative, canvas, guidance.scale)
+        controls = Controls(canvas.places)
+        positive, negative = (
+            self._on_canvas(on_canvas(cond, controls), canvas, guidance.scale)
+            for cond in (guidance.positive, guidance.positive if guidance.negative is None else guidance.negative)
+        )
         guider = comfy.samplers.CFGGuider(patcher)
         guider.set_conds(positive, negative)
         guider.set_cfg(1.0 if guidance.negative is None else guidance.scale)
@@ -191,8 +194,7 @@ class NativeModel:
         return result[0]
 
     def _on_canvas(self, cond: Cond, canvas: Canvas, guidance_scale: float) -> Cond:
-        """Conditioning for what the canvas shows, with the picture around the hole where the network reads it."""
-        cond = on_canvas(cond, canvas.places)
+        """With the picture around the hole, where the network reads it, and the guidance scale."""
         if self.facts.conditioning is Conditioning.CONCAT:
             assert canvas.masked_image is not None
             raw = self.patcher.model.process_latent_out(self._with_time(canvas.expand(canvas.masked_image)))

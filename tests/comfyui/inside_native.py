@@ -39,7 +39,7 @@ from comfyui_mend.engine.types import (  # noqa: E402
     Size,
 )
 from comfyui_mend.nodes import native as native_module  # noqa: E402
-from comfyui_mend.nodes.conditioning import on_canvas  # noqa: E402
+from comfyui_mend.nodes.conditioning import Controls, on_canvas  # noqa: E402
 from comfyui_mend.nodes.native import NativeModel  # noqa: E402
 from native_tiny import native_sd  # noqa: E402
 from tiny import engine_model, photo_and_mask, tiny_pipeline  # noqa: E402
@@ -243,7 +243,8 @@ def moved_conditioning() -> dict:
         "area": (8, 10, 5, 7),  # cells: height, width, y, x
     }
     second = Place(place.picture, place.plan, source=1)
-    [[_, cut]] = on_canvas([[None, options]], [place, second])
+    controls = Controls([place, second])
+    [[_, cut]] = on_canvas([[None, options]], controls)
     wanted = torch.stack([hint[0, :, 24:152, 40:168], hint[1, :, 24:152, 40:168]])
     small = cut["control"].previous_controlnet.cond_hint_original
     elsewhere = Place(Size(300, 300), around(Box(200, 200, 240, 240), Size(300, 300), 128, 8))
@@ -254,7 +255,7 @@ def moved_conditioning() -> dict:
         ("different", {"area": (20, 20, 0, 0)}, [place, elsewhere]),
     ):
         try:
-            on_canvas([[None, values]], places)
+            on_canvas([[None, values]], Controls(places))
         except InputError as error:
             refused[name] = str(error)
     return {
@@ -264,7 +265,8 @@ def moved_conditioning() -> dict:
         "mask": float((cut["mask"] - image[..., 0][:, 24:152, 40:168]).abs().max()),
         "area": [round(share * 128) for share in cut["area"][1:]],
         "refused": refused,
-        "whole": on_canvas([[None, options]], [])[0][1] is options,
+        "whole": on_canvas([[None, options]], Controls([]))[0][1] is options,
+        "shared": on_canvas([[None, options]], controls)[0][1]["control"] is cut["control"],
     }
 
 

@@ -66,6 +66,7 @@ def test_pictures_that_do_not_fit_together_are_painted_apart(found):
 def test_conditioning_follows_the_crop(found):
     moved = found["moved_conditioning"]
     assert moved["hint"] == 0 and moved["mask"] == 0 and moved["original kept"] and moved["whole"]
+    assert moved["shared"]  # by both branches of the guidance, which then run together
     assert moved["chained"] < 0.1  # enlarged from half the size
     # 64 x 80 pixels at x 56, y 40 of the picture, whose crop begins at x 40, y 24
     assert moved["area"] == [64, 80, 16, 16]
