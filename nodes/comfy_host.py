@@ -155,8 +155,13 @@ class ComfyModule:
         return (
             newest == {id(module.patcher) for module in together}
             and activation_bytes <= self._activation_bytes
-            and all(module._holder.model_loaded_weight_memory == module._resident_bytes for module in together)
+            and all(module._where_it_was() for module in together)
         )
+
+    def _where_it_was(self) -> bool:
+        # a module of which nothing was resident still leaves the device when it is detached
+        holder = self._holder
+        return holder.device == self.patcher.load_device and holder.model_loaded_weight_memory == self._resident_bytes
 
 
 class ComfyProgress:
