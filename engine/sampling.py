@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .flow import plan_flow
 from .host import Progress
 from .models.protocol import Canvas, Conditioning, Denoiser, Guidance, InpaintModel, ModelFacts, PromptSyntax
 from .schedulers import Prediction, Schedule, plan
-from .types import InpaintRequest, MendError, Size
+from .types import Compat, InpaintRequest, MendError, Sigmas, Size
 
 
 @dataclass
@@ -34,11 +35,31 @@ class Stopwatch:
 def make_schedule(request: InpaintRequest, model: InpaintModel, canvas: Size) -> Schedule:
     """The schedule for a canvas of that many pixels."""
     facts = model.facts
-    arguments = (request.scheduler, facts.scheduler_config, request.steps, request.strength)
-    if facts.prediction_type == Prediction.FLOW:
-        cells = canvas.width // facts.downscale * (canvas.height // facts.downscale)
-        return plan_flow(*arguments, sigmas=request.sigmas, cells=cells)
-    return plan(*arguments, sigmas=request.sigmas, compat=request.compat)
+    return plan_for(
+        facts.scheduler_config,
+        request.scheduler,
+        request.steps,
+        request.strength,
+        sigmas=request.sigmas,
+        compat=request.compat,
+        cells=canvas.width // facts.downscale * (canvas.height // facts.downscale),
+    )
+
+
+def plan_for(
+    config: Mapping[str, Any],
+    scheduler: str,
+    steps: int,
+    strength: float,
+    *,
+    sigmas: Sigmas,
+    cells: int,
+    compat: Compat = Compat.OFF,
+) -> Schedule:
+    """The schedule of one run, by what the model predicts; see schedulers.plan and flow.plan_flow."""
+    if config.get("prediction_type") == Prediction.FLOW:
+        return plan_flow(scheduler, config, steps, strength, sigmas=sigmas, cells=cells)
+    return plan(scheduler, config, steps, strength, sigmas=sigmas, compat=compat)
 
 
 def encode_guidance(request: InpaintRequest, model: InpaintModel, syntax: PromptSyntax) -> Guidance:

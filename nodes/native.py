@@ -163,7 +163,7 @@ class NativeModel:
         patcher, clock = (self.patcher, None) if flow else with_clock(self.patcher)
         controls = Controls(canvas.places)
         positive, negative = (
-            self._on_canvas(on_canvas(cond, controls), canvas, guidance.scale)
+            self._with_surroundings(on_canvas(cond, controls), canvas, guidance.scale)
             for cond in (guidance.positive, guidance.positive if guidance.negative is None else guidance.negative)
         )
         guider = comfy.samplers.CFGGuider(patcher)
@@ -193,7 +193,7 @@ class NativeModel:
             self._guider = None
         return result[0]
 
-    def _on_canvas(self, cond: Cond, canvas: Canvas, guidance_scale: float) -> Cond:
+    def _with_surroundings(self, cond: Cond, canvas: Canvas, guidance_scale: float) -> Cond:
         """With the picture around the hole, where the network reads it, and the guidance scale."""
         if self.facts.conditioning is Conditioning.CONCAT:
             assert canvas.masked_image is not None

@@ -11,10 +11,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..engine.flow import plan_flow
 from ..engine.models.protocol import Canvas, Conditioning, Denoiser, Guidance, MaskRule, ModelFacts
-from ..engine.sampling import denoise
-from ..engine.schedulers import Level, Prediction, Schedule, plan
+from ..engine.sampling import denoise, plan_for
+from ..engine.schedulers import Level, Prediction, Schedule
 from ..engine.types import MAX_SEED, InputError, Sigmas
 from .native import TIME_AXIS, NativeDenoiser, mask_rule, scheduler_config, sigmas_of
 
@@ -36,10 +35,7 @@ class ScheduledSampler(comfy.samplers.Sampler):
 
     def schedule(self, cells: int) -> Schedule:
         """A fresh schedule for a canvas of so many latent cells."""
-        arguments = (self.scheduler, self.config, self.steps, self.strength)
-        if self.prediction is Prediction.FLOW:
-            return plan_flow(*arguments, sigmas=self.sigmas, cells=cells)
-        return plan(*arguments, sigmas=self.sigmas)
+        return plan_for(self.config, self.scheduler, self.steps, self.strength, sigmas=self.sigmas, cells=cells)
 
     def sample(
         self,

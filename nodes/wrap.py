@@ -9,10 +9,10 @@ from comfy_api.latest import io
 
 from ..engine.images import as_masks, pair, size_of
 from ..engine.masks import snap_to_grid, to_latent_grid
-from ..engine.schedulers import SCHEDULERS
 from ..engine.types import InputError, Sigmas
 from .conditioning import with_values
 from .convert import ModelType, wired
+from .inpaint import MendInpaint
 from .native import wrap
 from .native_sampler import ScheduledSampler, sigmas_for
 
@@ -72,6 +72,7 @@ class MendWrapModel(io.ComfyNode):
 class MendSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        inpainting = {widget.id: widget for widget in MendInpaint.define_schema().inputs}
         return io.Schema(
             node_id="MendSampler",
             display_name="Sampler (Mend)",
@@ -83,13 +84,8 @@ class MendSampler(io.ComfyNode):
             search_aliases=["scheduler", "sigmas", "KSampler", "custom sampler", "diffusers", "DDIM", "PNDM", "UniPC"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled; its noise levels are read."),
-                io.Combo.Input(
-                    "scheduler",
-                    options=list(SCHEDULERS),
-                    default="DPMSolverMultistep",
-                    tooltip="The solver that takes the picture from noise to clean.",
-                ),
-                io.Int.Input("steps", default=25, min=1, max=500, tooltip="Denoising steps; 20 to 30 suit most."),
+                inpainting["scheduler"],
+                inpainting["steps"],
                 io.Float.Input(
                     "strength",
                     default=1.0,
@@ -98,14 +94,7 @@ class MendSampler(io.ComfyNode):
                     step=0.01,
                     tooltip="The share of the steps that run; 1 starts from pure noise.",
                 ),
-                io.Combo.Input(
-                    "sigmas",
-                    options=[option.value for option in Sigmas],
-                    default=Sigmas.DEFAULT.value,
-                    tooltip="Spacing of the noise levels, for schedulers that have a choice.",
-                    optional=True,
-                    advanced=True,
-                ),
+                inpainting["sigmas"],
                 io.Latent.Input(
                     "latent",
                     tooltip="What will be sampled: for models whose noise levels depend on the size (FLUX).",

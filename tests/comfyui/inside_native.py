@@ -42,7 +42,7 @@ from comfyui_mend.nodes import native as native_module  # noqa: E402
 from comfyui_mend.nodes.conditioning import Controls, on_canvas  # noqa: E402
 from comfyui_mend.nodes.native import NativeModel  # noqa: E402
 from native_tiny import native_sd  # noqa: E402
-from tiny import engine_model, photo_and_mask, tiny_pipeline  # noqa: E402
+from tiny import engine_model, photo_and_mask, relative, tiny_pipeline  # noqa: E402
 
 HOST = LocalHost(CPU)
 MEMORIES = {
@@ -69,10 +69,6 @@ class Watched:
     def decode(self, latents):
         self.latents.append(latents)
         return self.model.decode(latents)
-
-
-def relative(expected, found):
-    return float((expected - found).abs().max() / expected.abs().max())
 
 
 def compare(reference, native, **options):
@@ -136,7 +132,7 @@ def controls() -> dict:
     euler = {"scheduler": "K_EULER", "steps": 7}  # timesteps between the whole ones
     with mock.patch.object(native_module, "with_clock", lambda patcher: (patcher, None)):
         found = {"whole timesteps": compare(reference, native, **euler)}
-    with mock.patch.object(NativeModel, "_on_canvas", lambda self, cond, *_: cond):
+    with mock.patch.object(NativeModel, "_with_surroundings", lambda self, cond, *_: cond):
         found["no surroundings"] = compare(reference, native, **euler)
     return {name: row["latents"] for name, row in found.items()}
 
