@@ -122,6 +122,18 @@ def photo_and_mask(width=200, height=160, seed=0):
     return image[None], mask[None]
 
 
+def as_pil(image, mask):
+    """The pictures of photo_and_mask as diffusers' pipelines take them."""
+    from PIL import Image
+
+    return tuple(Image.fromarray((planes[0] * 255).round().to(torch.uint8).numpy()) for planes in (image, mask))
+
+
+def relative(expected, found):
+    """The largest difference, of the largest value expected."""
+    return float((expected - found).abs().max() / expected.abs().max())
+
+
 def tiny_safety_checker(seed=3):
     """A random StableDiffusionSafetyChecker for 28x28 pixels, with random concepts whose thresholds are all 1."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker

@@ -195,3 +195,21 @@ def make_model(family, pipeline, host=None, **changes):
     with mock.patch.object(family, "t5_tokenizer", lambda *_: tokenizer):
         model = family.make(replace(parts, **changes))
     return model
+
+
+def latents_and_images(model, **options):
+    """What the engine makes of photo_and_mask, as diffusers computes it; the latents as the sampling leaves them."""
+    from unittest import mock
+
+    from comfyui_mend.engine.host import LocalHost
+    from comfyui_mend.engine.inpaint import inpaint
+    from comfyui_mend.engine.types import Compat, InpaintRequest
+    from tiny import photo_and_mask
+
+    caught = []
+    sample = model.sample
+    image, mask = photo_and_mask()
+    request = {"image": image, "mask": mask, "scheduler": "K_EULER", "compat": Compat.DIFFUSERS, **options}
+    with mock.patch.object(model, "sample", lambda *arguments: caught.append(sample(*arguments)) or caught[-1]):
+        result = inpaint(InpaintRequest(**request), model, LocalHost(torch.device("cpu")))
+    return caught[0], result.images

@@ -25,7 +25,7 @@ from comfyui_mend.engine.outpaint import Padding, pad
 from comfyui_mend.engine.types import Box, Compat, Crop, InpaintRequest, InputError, ModelFileError
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import engine_model, photo_and_mask, tiny_pipeline
+from tiny import as_pil, engine_model, photo_and_mask, relative, tiny_pipeline
 from tiny_sdxl import tiny_sdxl
 
 STEPS, SCALE, SEED, SIDE = 12, 7.5, 7, 128
@@ -136,17 +136,6 @@ def ours(pipeline, *controls, **options):
     )
     inpaint.inpaint(replace(request, **options), model, CPU)
     return latents[0]
-
-
-def as_pil(image, mask):
-    return (
-        Image.fromarray((image[0] * 255).round().to(torch.uint8).numpy()),
-        Image.fromarray((mask[0] * 255).round().to(torch.uint8).numpy()),
-    )
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / a.abs().max())
 
 
 def pil_edges():

@@ -20,10 +20,9 @@ from comfyui_mend.engine.models.weight_files import read_json
 from comfyui_mend.engine.sampling import make_schedule
 from comfyui_mend.engine.types import Compat, Crop, InpaintRequest, InputError, ModelFileError, Size
 from headers import write_header
-from PIL import Image
 from safetensors.torch import save_file
-from tiny import photo_and_mask
-from tiny_flow import components, make_model, tiny_flux, tiny_t5, tiny_t5_tokenizer
+from tiny import as_pil, photo_and_mask, relative
+from tiny_flow import components, latents_and_images, make_model, tiny_flux, tiny_t5, tiny_t5_tokenizer
 from tiny_single_file import original_vae, save_configs
 
 STEPS, SCALE, SEED, SIDE, PROMPT = 8, 30.0, 7, 128, "a red cat on the mat"
@@ -44,17 +43,6 @@ def dev():
 @pytest.fixture(scope="module")
 def schnell():
     return tiny_flux("schnell")
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / a.abs().max())
-
-
-def as_pil(image, mask):
-    return (
-        Image.fromarray((image[0] * 255).round().to(torch.uint8).numpy()),
-        Image.fromarray((mask[0] * 255).round().to(torch.uint8).numpy()),
-    )
 
 
 def reference(pipeline, strength=1.0, count=1, guidance_scale=SCALE, steps=STEPS):
@@ -81,26 +69,9 @@ def reference(pipeline, strength=1.0, count=1, guidance_scale=SCALE, steps=STEPS
 
 
 def ours(pipeline, model=None, **options):
-    """(latents, images) of the engine; the latents are caught where they are decoded."""
-    model = model or make_model(flux, pipeline)
-    caught = []
-    decode = model.decode
-    model.decode = lambda latents: (caught.append(latents), decode(latents))[1]
-    image, mask = photo_and_mask()
-    request = {
-        "image": image,
-        "mask": mask,
-        "prompt": PROMPT,
-        "scheduler": "K_EULER",
-        "steps": STEPS,
-        "guidance_scale": SCALE,
-        "seed": SEED,
-        "width": SIDE,
-        "height": SIDE,
-        "compat": Compat.DIFFUSERS,
-    }
-    result = inpaint.inpaint(InpaintRequest(**request | options), model, HOST)
-    return caught[0], result.images
+    """(latents, images) of the engine."""
+    common = {"prompt": PROMPT, "steps": STEPS, "guidance_scale": SCALE, "seed": SEED}
+    return latents_and_images(model or make_model(flux, pipeline), **common | {"width": SIDE, "height": SIDE} | options)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])

@@ -16,7 +16,7 @@ from comfyui_mend.engine.models.protocol import PromptSyntax
 from comfyui_mend.engine.models.weight_files import read_json
 from comfyui_mend.engine.types import InputError, ModelFileError
 from safetensors.torch import save_file
-from tiny import tiny_pipeline
+from tiny import relative, tiny_pipeline
 from tiny_flow import tiny_flux, tiny_sd3
 from tiny_sdxl import save_tiny_sdxl, tiny_sdxl
 
@@ -99,10 +99,6 @@ def fused(network, *loras, model="tiny"):
     stack = LoraStack(loras, model)
     weights = stack.fuse(network)
     return weights, stack.finish()
-
-
-def relative(expected, found):
-    return float((expected - found).abs().max() / expected.abs().max())
 
 
 # --- the formulas

@@ -14,7 +14,7 @@ from comfyui_mend.engine.host import LocalHost
 from comfyui_mend.engine.models.protocol import Canvas, Posterior
 from comfyui_mend.engine.types import Compat, InpaintRequest
 from PIL import Image
-from tiny import engine_model, photo_and_mask, tiny_pipeline
+from tiny import as_pil, engine_model, photo_and_mask, relative, tiny_pipeline
 
 HOSTED = {
     "DDIM": "DDIMScheduler",
@@ -41,13 +41,6 @@ def nine():
 @pytest.fixture(scope="module")
 def four():
     return tiny_pipeline(in_channels=4)
-
-
-def as_pil(image, mask):
-    return (
-        Image.fromarray((image[0] * 255).round().to(torch.uint8).numpy()),
-        Image.fromarray((mask[0] * 255).round().to(torch.uint8).numpy()),
-    )
 
 
 def reference(pipeline, scheduler, strength=1.0, count=1, guidance_scale=SCALE):
@@ -100,10 +93,6 @@ def ours(pipeline, scheduler, strength=1.0, count=1, guidance_scale=SCALE):
         LocalHost(torch.device("cpu")),
     )
     return caught[0], result.images
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / a.abs().max())
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])

@@ -7,7 +7,7 @@ Random networks give latents of any size, so differences are relative to the lar
 import diffusers
 import pytest
 import torch
-from comfyui_mend.engine import compat_flow, inpaint, schedulers
+from comfyui_mend.engine import compat_flow, schedulers
 from comfyui_mend.engine.host import LocalHost
 from comfyui_mend.engine.models import sd3
 from comfyui_mend.engine.models.detect import CONFIGS, recognise, recognise_folder
@@ -16,12 +16,11 @@ from comfyui_mend.engine.models.modules import assemble
 from comfyui_mend.engine.models.protocol import Conditioning, PromptSyntax
 from comfyui_mend.engine.models.sdxl import PENULTIMATE
 from comfyui_mend.engine.models.weight_files import read_json
-from comfyui_mend.engine.types import Compat, Crop, InpaintRequest, InputError, ModelFileError
+from comfyui_mend.engine.types import Compat, Crop, InputError, ModelFileError
 from headers import write_header
-from PIL import Image
 from safetensors.torch import save_file
-from tiny import photo_and_mask
-from tiny_flow import make_model, tiny_sd3
+from tiny import as_pil, photo_and_mask, relative
+from tiny_flow import latents_and_images, make_model, tiny_sd3
 from tiny_single_file import original_vae, save_configs
 
 STEPS, SCALE, SEED, SIDE, PROMPT, NEGATIVE = 8, 5.0, 7, 128, "a red cat on the mat", "dog"
@@ -40,18 +39,14 @@ def dual():
     return tiny_sd3(t5=False, dual=True)
 
 
-def relative(a, b):
-    return float((a - b).abs().max() / a.abs().max())
-
-
 def reference(pipeline, strength=1.0, count=1, guidance_scale=SCALE):
     """(latents, images) of StableDiffusion3InpaintPipeline."""
-    image, mask = photo_and_mask()
+    image, mask = as_pil(*photo_and_mask())
     options = {
         "prompt": PROMPT,
         "negative_prompt": NEGATIVE,
-        "image": Image.fromarray((image[0] * 255).round().to(torch.uint8).numpy()),
-        "mask_image": Image.fromarray((mask[0] * 255).round().to(torch.uint8).numpy()),
+        "image": image,
+        "mask_image": mask,
         "height": SIDE,
         "width": SIDE,
         "num_inference_steps": STEPS,
@@ -73,27 +68,9 @@ def latents_of(images, pipeline):
 
 
 def ours(pipeline, model=None, **options):
-    """(latents, images) of the engine; the latents are caught as the sampling leaves them."""
-    model = model or make_model(sd3, pipeline)
-    caught = []
-    sample = model.sample
-    model.sample = lambda *arguments: caught.append(sample(*arguments)) or caught[-1]
-    image, mask = photo_and_mask()
-    request = {
-        "image": image,
-        "mask": mask,
-        "prompt": PROMPT,
-        "negative_prompt": NEGATIVE,
-        "scheduler": "K_EULER",
-        "steps": STEPS,
-        "guidance_scale": SCALE,
-        "seed": SEED,
-        "width": SIDE,
-        "height": SIDE,
-        "compat": Compat.DIFFUSERS,
-    }
-    result = inpaint.inpaint(InpaintRequest(**request | options), model, HOST)
-    return caught[0], result.images
+    """(latents, images) of the engine."""
+    common = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "steps": STEPS, "guidance_scale": SCALE, "seed": SEED}
+    return latents_and_images(model or make_model(sd3, pipeline), **common | {"width": SIDE, "height": SIDE} | options)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])

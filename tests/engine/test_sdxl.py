@@ -20,7 +20,7 @@ from comfyui_mend.engine.types import Box, Compat, Crop, InpaintRequest, InputEr
 from headers import write_header
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import photo_and_mask
+from tiny import photo_and_mask, relative
 from tiny_sdxl import (
     clip_state,
     original_sdxl,
@@ -127,10 +127,6 @@ def ours(pipeline, scheduler="K_EULER", strength=1.0, model=None, **options):
     model.decode = lambda latents: (caught.append(latents), decode(latents))[1]
     inpaint.inpaint(request_of(scheduler, strength, **options), model, LocalHost(torch.device("cpu")))
     return caught[0]
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / a.abs().max())
 
 
 @pytest.mark.parametrize(
