@@ -194,13 +194,32 @@ def test_the_lora_that_is_switched_off_changes_the_picture_when_it_is_on(client)
     assert lora["mode"] == 4 and (on != off).any()
 
 
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("MendInpaint", {"prompt": "a lighthouse"}),
+        ("MendInpaint", {"guidance_scale": 1.0}),
+        ("ModelSamplingAuraFlow", {"shift": 1.0}),
+        ("CFGNorm", {"strength": 0.0}),
+    ],
+    ids=["prompt", "guidance", "shift", "norm"],
+)
+def test_every_setting_of_qwen_image_reaches_the_picture(client, kind, change):
+    painted_photo(client)
+    workflow = with_tiny_models(workflow_of(client, "qwen-image"))
+    before, _ = picture(client, workflow)
+    workflow[node_of(workflow, kind)]["inputs"] |= change
+    after, _ = picture(client, workflow)
+    assert (before != after).any()
+
+
 # ------------------------------------------------------------------------------------------------------- edit models
 
 
 PHOTOGRAPH = data.coffee()[:384]
 MOVED = (3, 2)
 """By the stand-in, in pixels of what it sees."""
-WHOLE = {"megapixels": 0.25}
+WHOLE = {"megapixels": 0.25, "vae_name": "pixels"}
 
 
 def photograph(client, hole=None):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.latent_formats
+import comfy.ldm.wan.vae
 import comfy.model_base
 import comfy.model_patcher
 import comfy.ops
@@ -19,7 +21,7 @@ import comfy.text_encoders.flux
 import comfy.text_encoders.sd3_clip
 import torch
 import torch.nn.functional as F
-from native_tiny import CPU, native_flux, native_sd, native_sd3, native_sdxl, sd_unet_config
+from native_tiny import CPU, native_flux, native_qwen, native_sd, native_sd3, native_sdxl, sd_unet_config
 from tiny import tiny_pipeline
 from tiny_flow import tiny_flux, tiny_sd3
 from tiny_sdxl import tiny_sdxl
@@ -35,13 +37,15 @@ CLIP_L = {
     "eos_token_id": 49407,
 }
 T5 = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2, "vocab_size": 32128}
-QWEN_3 = {
+QWEN = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
+QWEN_EYES = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_layers": 1}
+WAN_WIDTH = 8
 SD3_CONTEXT = 4096
 """ComfyUI pads the two CLIPs' tokens to it."""
 CELL = 8
@@ -156,7 +160,7 @@ def z_image() -> Any:
         "patch_size": 2,
         "in_channels": 16,
         "dim": 256,  # as wide as its timesteps are embedded
-        "cap_feat_dim": QWEN_3["hidden_size"],
+        "cap_feat_dim": QWEN["hidden_size"],
         "n_layers": 2,
         "n_refiner_layers": 1,
         "n_heads": 16,
@@ -177,7 +181,24 @@ def z_image() -> Any:
 def z_image_clip() -> Any:
     from comfy.text_encoders import z_image
 
-    return clip(z_image.ZImageTokenizer, z_image.te(), model_name="qwen3_4b", qwen3_4b_model_config=QWEN_3)
+    return clip(z_image.ZImageTokenizer, z_image.te(), model_name="qwen3_4b", qwen3_4b_model_config=QWEN)
+
+
+def qwen_clip() -> Any:
+    from comfy.text_encoders import qwen_image, qwen_vl
+
+    def eyes(**chosen: Any) -> nn.Module:
+        return seeing(**{**chosen, **QWEN_EYES})
+
+    seeing = qwen_vl.Qwen2VLVisionTransformer
+    with mock.patch.object(qwen_vl, seeing.__name__, eyes):  # ComfyUI has them in one size only
+        return clip(qwen_image.QwenImageTokenizer, qwen_image.te(), qwen25_7b_model_config=QWEN)
+
+
+def qwen_autoencoder() -> Any:
+    """Of Wan, for videos: latents have an axis for frames."""
+    network = comfy.ldm.wan.vae.WanVAE(WAN_WIDTH, 16, temperal_downsample=[False, True, True])
+    return comfy.sd.VAE(sd=random_weights(network).state_dict())
 
 
 def patcher(settings: type, config: dict[str, Any], kind: type) -> Any:
@@ -206,16 +227,6 @@ class PixelAutoencoder:
 
     def decode(self, latents: Tensor) -> Tensor:
         return F.pixel_shuffle(latents, CELL).movedim(1, -1).clamp(0, 1)
-
-
-class Words:
-    """Reads a prompt and pictures, and says the same to all of them."""
-
-    def tokenize(self, text: str, **options: Any) -> str:
-        return text
-
-    def encode_from_tokens_scheduled(self, tokens: str) -> list[Any]:
-        return [[torch.zeros(1, 4, 8), {}]]
 
 
 class Edit(nn.Module):
@@ -255,7 +266,13 @@ def edit_model() -> Any:
 MODELS = {
     "flux1-fill-dev.safetensors": lambda: native_flux(tiny_flux("fill")),
     "z_image_turbo_bf16.safetensors": z_image,
+    "qwen_image_fp8_e4m3fn.safetensors": native_qwen,
     "qwen_image_edit_2509_fp8_e4m3fn.safetensors": edit_model,
 }
-CLIPS = {"flux": flux_clip, "lumina2": z_image_clip, "qwen_image": Words}
-VAES = {"ae.safetensors": lambda: autoencoder(16), "qwen_image_vae.safetensors": PixelAutoencoder}
+CLIPS = {"flux": flux_clip, "lumina2": z_image_clip, "qwen_image": qwen_clip}
+VAES = {
+    "ae.safetensors": lambda: autoencoder(16),
+    "qwen_image_vae.safetensors": qwen_autoencoder,
+    "pixels": PixelAutoencoder,
+}
+"""``pixels`` is for the edit model, whose autoencoder has the name of Qwen-Image's."""
