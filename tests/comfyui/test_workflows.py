@@ -120,9 +120,13 @@ def test_the_two_forms_of_a_workflow_say_the_same(client, path):
         values = widget_values(drawn[key], info[node["class_type"]])
         assert links == {name: value for name, value in node["inputs"].items() if isinstance(value, list)}
         for name, value in node["inputs"].items():
+            if name not in values and name in NEWER.get(node["class_type"], ()):
+                continue
             assert isinstance(value, list) or values[name] == value, (key, name)
 
 
+NEWER = {"CFGNorm": {"pre_cfg"}}
+"""Inputs that the oldest ComfyUI does not have, and leaves unread."""
 BYPASSED = 4
 
 
