@@ -36,8 +36,6 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host, seeds: tup
     """
     size = target_size(request, model)
     clock = Stopwatch()
-    with clock.phase("prompt"):
-        guidance = encode_guidance(request, model, PromptSyntax.PLAIN)
     flow = model.facts.prediction_type == Prediction.FLOW
     plan = compat_flow.make_schedule if flow else make_schedule
     schedules = [plan(request, model, size) for _ in request.image]
@@ -52,6 +50,9 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host, seeds: tup
             canvas = prepare_canvas(model, schedule, pixels, hole, request.count, generator)
             cut = partial(_cut, canvas, source)
             canvas = control.show(canvas, request, cut, schedule, model.facts)
+        if source == 0 or model.facts.reads_picture:
+            with clock.phase("prompt"):
+                guidance = encode_guidance(request, model, PromptSyntax.PLAIN, canvas.pixels)
         with clock.phase("sample"):
             latents = denoise(model, schedule, canvas, guidance, generator, progress, done)
         with clock.phase("decode"):
@@ -108,4 +109,11 @@ def prepare_canvas(
         masked_image = model.encode_image(pixels * (hole < 0.5)).sample(generator).cpu()
     else:
         torch.randn((1, *shape), generator=generator)
-    return Canvas(noise=noise, mask=F.interpolate(hole, size=cells), hole=hole, image=image, masked_image=masked_image)
+    return Canvas(
+        noise=noise,
+        mask=F.interpolate(hole, size=cells),
+        hole=hole,
+        image=image,
+        masked_image=masked_image,
+        pixels=pixels if model.facts.reads_picture else None,
+    )

@@ -89,8 +89,9 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host) -> Inpaint
     jobs = plan_jobs(request, model, seeds)
     if not jobs:
         return _unchanged(request, seeds, "The mask is empty: the picture is returned as it came.")
-    with clock.phase("prompt"):
-        guidance = encode_guidance(request, model, PromptSyntax.COMFY)
+    if not model.facts.reads_picture:
+        with clock.phase("prompt"):
+            guidance = encode_guidance(request, model, PromptSyntax.COMFY)
     results = request.image.repeat_interleave(request.count, dim=0)
     groups = batches(jobs, model)
     evaluations = sum(make_schedule(request, model, group[0].part.plan.canvas).evaluations for group in groups)
@@ -104,6 +105,9 @@ def inpaint(request: InpaintRequest, model: InpaintModel, host: Host) -> Inpaint
         try:
             with clock.phase("encode"):
                 canvas = prepare_canvas(request, model, group, generators, schedule)
+            if model.facts.reads_picture:
+                with clock.phase("prompt"):
+                    guidance = encode_guidance(request, model, PromptSyntax.COMFY, canvas.pixels)
             with clock.phase("sample"):
                 latents = denoise(model, schedule, canvas, guidance, generators, progress, done)
         except (RuntimeError, MemoryError) as error:
@@ -249,6 +253,7 @@ def prepare_canvas(
         hole=hole[rows, None],
         image=image,
         masked_image=masked_image,
+        pixels=pixels[rows] if facts.reads_picture else None,
         soft=None if soft is None else to_latent_grid(soft, facts.downscale)[rows],
         places=tuple(Place(images.size_of(request.image), job.part.plan, job.part.source) for job in jobs),
     )

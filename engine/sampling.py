@@ -62,16 +62,18 @@ def plan_for(
     return plan(scheduler, config, steps, strength, sigmas=sigmas, compat=compat)
 
 
-def encode_guidance(request: InpaintRequest, model: InpaintModel, syntax: PromptSyntax) -> Guidance:
-    """Prompt embeddings; the negative branch only where it counts."""
+def encode_guidance(
+    request: InpaintRequest, model: InpaintModel, syntax: PromptSyntax, pictures: Tensor | None = None
+) -> Guidance:
+    """Prompt embeddings; the negative branch only where it counts. ``pictures``: see InpaintModel.encode_prompt."""
     if model.facts.embedded_guidance:
-        (positive,) = model.encode_prompt([request.prompt], syntax)
+        (positive,) = model.encode_prompt([request.prompt], syntax, pictures)
         return Guidance(positive, None, request.guidance_scale)
     if request.guidance_scale <= 1:
-        (positive,) = model.encode_prompt([request.prompt], syntax)
+        (positive,) = model.encode_prompt([request.prompt], syntax, pictures)
         return Guidance(positive, None, 1.0)
     unwanted = None if request.zero_negative and not request.negative_prompt else request.negative_prompt
-    negative, positive = model.encode_prompt([unwanted, request.prompt], syntax)
+    negative, positive = model.encode_prompt([unwanted, request.prompt], syntax, pictures)
     return Guidance(positive, negative, request.guidance_scale)
 
 

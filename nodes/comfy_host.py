@@ -26,8 +26,8 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor, nn
 
 from ..engine.host import Role, SilentProgress, TerminalProgress
+from ..engine.models import qwen_text, t5
 from ..engine.models.protocol import InpaintModel
-from ..engine.models.t5 import TOKENIZER_FOLDERS
 
 SWAPPED_LAYERS = (
     "Linear",
@@ -263,9 +263,9 @@ class ComfyHost:
         mm.throw_exception_if_processing_interrupted()
 
     def model_folders(self, kind: str) -> Sequence[Path]:
-        if kind == TOKENIZER_FOLDERS:
-            # ComfyUI brings T5's, which files of FLUX and Stable Diffusion 3 cannot hold
-            return [Path(comfy.utils.__file__).parent / "text_encoders" / "t5_tokenizer"]
+        if kind in (t5.TOKENIZER_FOLDERS, qwen_text.TOKENIZER_FOLDERS):
+            # ComfyUI brings T5's and Qwen2.5's, which files of FLUX and the like cannot hold
+            return [Path(comfy.utils.__file__).parent / "text_encoders" / kind]
         if kind not in folder_paths.folder_names_and_paths:
             return []
         return [Path(folder) for folder in folder_paths.get_folder_paths(kind)]

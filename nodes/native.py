@@ -108,7 +108,9 @@ class NativeModel:
 
     # -- prompts and pictures
 
-    def encode_prompt(self, prompts: Sequence[str | None], syntax: PromptSyntax) -> list[Cond]:
+    def encode_prompt(
+        self, prompts: Sequence[str | None], syntax: PromptSyntax, pictures: Tensor | None = None
+    ) -> list[Cond]:
         """See InpaintModel. The last prompt is the one to follow, one before it the one to avoid.
 
         PLAIN takes parentheses literally; unlike diffusers ComfyUI reads a long prompt to its end.

@@ -6,6 +6,7 @@ Nothing is guessed from a file's name.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,12 @@ SHIPPED = Path(__file__).parent / "shipped"
 """Diffusers folders that come with the pack."""
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 """What a user may set for the networks that can be trained on either."""
+
+STILL_MARK = "__index_timestep_zero__"
+"""In ComfyUI's files of Qwen-Image-Edit 2511 and later: the network takes the tokens of the picture it edits for free
+of noise."""
+WAN_VAE = "AutoencoderKLQwenImage"
+"""diffusers' class of Wan's and Qwen-Image's VAE."""
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 """Of a checkpoint, of some split files, and of a file of the network alone."""
@@ -42,7 +49,7 @@ class TextEncoder:
     """What tells one text encoder from another."""
 
     architecture: str
-    """"clip" or "t5"."""
+    """"clip", "t5" or "qwen2_5_vl"."""
     width: int
     layers: int
 
@@ -73,6 +80,8 @@ class Found:
     text_encoder: TextEncoder | None = None
     latent_channels: int = 0
     """Of a VAE."""
+    vae_class: str = ""
+    """Of a VAE: "AutoencoderKL" or "AutoencoderKLQwenImage"."""
     way_out: str = ""
     """What to do instead, where there is something to do."""
 
@@ -190,28 +199,41 @@ def _own_schedule(header: Header) -> dict[str, Any]:
 
 def _vae(header: Header) -> Found | None:
     for prefix in (VAE_PREFIX, "vae.", ""):
-        channels = Keys(header, prefix).side("decoder.conv_in.weight", 1)
+        vae_class, channels = vae_of(Keys(header, prefix))
         if channels:
             return Found(
                 name=header.path.name,
                 kind=Kind.VAE,
-                what="a VAE alone",
+                what="a VAE of Wan or Qwen-Image" if vae_class == WAN_VAE else "a VAE alone",
                 way_out="choose a model, and this beside it as its VAE",
                 header=header,
                 prefix=prefix,
                 latent_channels=channels,
+                vae_class=vae_class,
             )
-    if any("decoder.middle.0.residual." in key for key in header.tensors):
-        return _part(header, "a VAE of Wan or Qwen-Image")
     return None
 
 
-_CLIP_LAYERS = (
+def vae_of(keys: Keys) -> tuple[str, int]:
+    """The class and the channels of the VAE below a prefix, in any spelling; ("", 0) where there is none."""
+    channels = keys.side("decoder.conv1.weight", 1)
+    if channels and keys.has("decoder.middle.0.residual.0.gamma"):
+        return WAN_VAE, channels
+    channels = keys.side("decoder.conv_in.weight", 1)
+    # the convolutions of an autoencoder for films have a side in time
+    films = keys.side("decoder.conv_in.weight", 4) > 0
+    return ("" if not channels else WAN_VAE if films else "AutoencoderKL"), channels
+
+
+_TEXT_LAYERS = (
     ("text_model.encoder.layers.{}.mlp.fc1.weight", "clip"),
     ("encoder.layers.{}.mlp.fc1.weight", "clip"),
     ("transformer.resblocks.{}.mlp.c_fc.weight", "clip"),
     ("encoder.block.{}.layer.0.SelfAttention.q.weight", "t5"),
 )
+# Qwen2.5-VL, which other language models are told from by their lack of biases or of eyes
+_QWEN_LAYERS = ("model.layers.{}.", "model.language_model.layers.{}.", "language_model.layers.{}.", "layers.{}.")
+_QWEN_WIDTH = "mlp.gate_proj.weight"
 
 
 def _text_encoder(header: Header) -> Found | None:
@@ -235,14 +257,20 @@ def _text_encoder(header: Header) -> Found | None:
 
 def text_encoder_of(keys: Keys) -> TextEncoder | None:
     """The text encoder below a prefix, in any spelling."""
-    for pattern, architecture in _CLIP_LAYERS:
+    for pattern, architecture in _TEXT_LAYERS:
         width = keys.side(pattern.format(0), 1)
         if width:
-            layers = 1
-            while keys.has(pattern.format(layers)):
-                layers += 1
-            return TextEncoder(architecture, width, layers)
+            return TextEncoder(architecture, width, _layers(keys, pattern))
+    for layer in _QWEN_LAYERS:
+        first = layer.format(0)
+        if keys.has(f"{first}self_attn.k_proj.bias") and keys.first("visual.blocks.0.mlp.gate_proj.weight"):
+            width = keys.side(first + _QWEN_WIDTH, 1)
+            return TextEncoder("qwen2_5_vl", width, _layers(keys, layer + _QWEN_WIDTH))
     return None
+
+
+def _layers(keys: Keys, pattern: str) -> int:
+    return next(layer for layer in itertools.count(1) if not keys.has(pattern.format(layer)))
 
 
 def _part(header: Header, what: str) -> Found:
@@ -254,6 +282,7 @@ _OTHER_MODELS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("patch_embedding.", "head.modulation"), "a Wan video model"),
     (("txt_in.individual_token_refiner.",), "a HunyuanVideo model"),
     (("adaln_single.emb.timestep_embedder.",), "a PixArt or LTX-Video model"),
+    (("txt_in.text_norm.",), "a Qwen-Image 2.1 model"),
     (("cond_seq_linear.",), "an AuraFlow model"),
     (("clip_txt_mapper.", "clip_txt_pooled_mapper."), "a Stable Cascade model"),
     (("caption_projection.0.linear.",), "a HiDream model"),
@@ -406,9 +435,17 @@ def _describe_sd3(channels: int, dual: bool, normed: bool) -> Denoiser:
 
 
 def _qwen_image(keys: Keys) -> Denoiser | None:
-    if keys.has("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"):
-        return Denoiser("qwen-image", "a Qwen-Image model", native=True)
-    return None
+    """diffusers' names, which all files have. Editing models have the shapes of the plain one, but for the later ones'
+    mark."""
+    if not keys.has("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"):
+        return None
+    if keys.side("img_in.weight", 1) == 128:
+        return Denoiser("mage-flow", "a Mage-Flow model", native=True)
+    if keys.has("time_text_embed.addition_t_embedding.weight"):
+        return Denoiser("qwen-image", "a Qwen-Image-Layered model", "layered", native=True)
+    if keys.has(STILL_MARK):
+        return Denoiser("qwen-image-edit-plus", "a Qwen-Image-Edit model", "still", native=True)
+    return Denoiser("qwen-image", "a Qwen-Image model", native=True)
 
 
 def _lumina(keys: Keys) -> Denoiser | None:
@@ -450,7 +487,7 @@ def recognise_folder(folder: Path) -> Found:
     if (folder / "unet" / "config.json").is_file():
         denoiser = _configured_unet(folder)
     elif (folder / "transformer" / "config.json").is_file():
-        denoiser = _configured_transformer(read_json(folder / "transformer" / "config.json"))
+        denoiser = _configured_transformer(folder)
     else:
         denoiser = Denoiser("", _folder_without_denoiser(folder))
     return Found(
@@ -463,9 +500,14 @@ def recognise_folder(folder: Path) -> Found:
     )
 
 
-def _folder_without_denoiser(folder: Path) -> str:
+def _pipeline_class(folder: Path) -> str:
+    """The _class_name of a folder's model_index.json; empty where there is none."""
     index = folder / "model_index.json"
-    kind = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
+    return str(read_json(index).get("_class_name", "")) if index.is_file() else ""
+
+
+def _folder_without_denoiser(folder: Path) -> str:
+    kind = _pipeline_class(folder)
     other = next((part for part in ("transformer", "prior", "controlnet") if (folder / part).is_dir()), None)
     return f"a {kind or 'model'} with a {other}" if other else "a folder without unet/config.json"
 
@@ -489,7 +531,8 @@ def _configured_unet(folder: Path) -> Denoiser:
     return describe_unet(1280 if width == 1280 else 2048, config.get("in_channels", 4))
 
 
-def _configured_transformer(config: Mapping[str, Any]) -> Denoiser:
+def _configured_transformer(folder: Path) -> Denoiser:
+    config = read_json(folder / "transformer" / "config.json")
     class_name = str(config.get("_class_name", "transformer"))
     family, what = _TRANSFORMERS.get(class_name, ("", f"a model with a {class_name}"))
     variant = ""
@@ -500,4 +543,18 @@ def _configured_transformer(config: Mapping[str, Any]) -> Denoiser:
     elif family == "sd3":
         normed = config.get("qk_norm") is not None
         return _describe_sd3(config.get("in_channels", 16), bool(config.get("dual_attention_layers")), normed)
+    elif family == "qwen-image":
+        return _configured_qwen_image(config, _pipeline_class(folder))
     return Denoiser(family, what, variant, native=bool(family))
+
+
+def _configured_qwen_image(config: Mapping[str, Any], pipeline: str) -> Denoiser:
+    """The editing models are told by the pipeline of the folder."""
+    if config.get("use_layer3d_rope") or config.get("use_additional_t_cond"):
+        return Denoiser("qwen-image", "a Qwen-Image-Layered model", "layered", native=True)
+    variant = "still" if config.get("zero_cond_t") else ""
+    if pipeline.startswith("QwenImageEditPlus") or variant:
+        return Denoiser("qwen-image-edit-plus", "a Qwen-Image-Edit model", variant, native=True)
+    if pipeline.startswith("QwenImageEdit"):
+        return Denoiser("qwen-image-edit", "a Qwen-Image-Edit model", native=True)
+    return Denoiser("qwen-image", "a Qwen-Image model", native=True)

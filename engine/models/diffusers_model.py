@@ -6,7 +6,7 @@ import itertools
 import sys
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -41,19 +41,26 @@ class Embedding:
     """A prompt as the text encoders leave it, float32 on the CPU."""
 
     tokens: Tensor
-    """[1, tokens, width]."""
+    """[1, tokens, width]; of networks that read each picture with its prompt, [N, tokens, width]."""
     pooled: Tensor | None = None
-    """[1, width]: the whole prompt as one vector, for networks that read one."""
+    """[1 or N, width]: the whole prompt as one vector, for networks that read one."""
 
     def zeros(self) -> Embedding:
         """What stands for no prompt at all."""
         return Embedding(torch.zeros_like(self.tokens), None if self.pooled is None else torch.zeros_like(self.pooled))
 
+    def of(self, rows: slice) -> Embedding:
+        """That of some pictures of the batch."""
+        if len(self.tokens) == 1:
+            return self
+        return Embedding(self.tokens[rows], None if self.pooled is None else self.pooled[rows])
+
 
 class DiffusersModel(ABC):
-    """An InpaintModel made of text encoders, a denoising network and an AutoencoderKL.
+    """An InpaintModel made of text encoders, a denoising network and an autoencoder.
 
-    Families differ in how a prompt is encoded and in what their network reads: ``_encode`` and ``_denoise``.
+    Families differ in how a prompt is encoded and in what their network reads: ``_encode`` and ``_denoise``; an
+    AutoencoderKL is what most have.
     """
 
     notices: tuple[str, ...] = ()
@@ -71,57 +78,73 @@ class DiffusersModel(ABC):
         self.denoiser = denoiser
         self.vae = vae
         self._host = host
-        self._scaling_factor = float(config.scaling_factor)
-        self._shift_factor = float(config.get("shift_factor") or 0.0)
-        self._prompts: OrderedDict[tuple[str, PromptSyntax], Embedding] = OrderedDict()
+        self._scaling_factor, self._shift_factor = latent_scale(config)
+        self._prompts: OrderedDict[tuple[Hashable, PromptSyntax], Embedding] = OrderedDict()
 
     @abstractmethod
-    def _encode(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[Embedding]:
-        """Each prompt through the text encoders, once."""
+    def _encode(self, prompts: Sequence[Any], syntax: PromptSyntax) -> list[Embedding]:
+        """Each prompt through the text encoders, once. A prompt is a text or, where a family makes it so, a text and
+        more."""
 
     @abstractmethod
     def _denoise(self, rows: Rows, timestep: Tensor, embedding: Embedding) -> Tensor:
         """The network's output [N, C, h, w] in float32 for one branch."""
 
-    def encode_prompt(self, prompts: Sequence[str | None], syntax: PromptSyntax) -> list[Embedding]:
+    def encode_prompt(
+        self, prompts: Sequence[str | None], syntax: PromptSyntax, pictures: Tensor | None = None
+    ) -> list[Embedding]:
         """See InpaintModel. Recent prompts are remembered, so that a new seed does not reload the text encoder."""
         embeddings = self._remembered([prompt or "" for prompt in prompts], syntax)
         return [e.zeros() if prompt is None else e for prompt, e in zip(prompts, embeddings, strict=True)]
 
-    def _remembered(self, prompts: Sequence[str], syntax: PromptSyntax) -> list[Embedding]:
+    def _remembered(self, prompts: Sequence[Hashable], syntax: PromptSyntax) -> list[Embedding]:
         unknown = [p for p in dict.fromkeys(prompts) if (p, syntax) not in self._prompts]
         fresh = dict(zip(unknown, self._encode(unknown, syntax), strict=True)) if unknown else {}
         result = [fresh[p] if p in fresh else self._prompts[p, syntax] for p in prompts]
         for prompt, embedding in fresh.items():
             # a textual-inversion file may change between runs
-            if "embedding:" not in prompt:
+            if not (isinstance(prompt, str) and "embedding:" in prompt):
                 self._prompts[prompt, syntax] = embedding
         while len(self._prompts) > REMEMBERED_PROMPTS:
             self._prompts.popitem(last=False)
         return result
 
     def encode_image(self, pixels: Tensor) -> Posterior:
-        vae: Any = self.vae.module
-
         def encode(part: Tensor, bands: TiledVae | None) -> Tensor:
-            distribution = vae.encode(part).latent_dist if bands is None else bands.encode(part)
+            distribution = self._encode_whole(part) if bands is None else bands.encode(part)
             return torch.stack([distribution.mean, distribution.std]).float()
 
         size = Size(pixels.shape[-1], pixels.shape[-2])
         mean, std = torch.cat(self._through_vae("encode", size, VAE_ENCODE_BYTES, encode, pixels), dim=1)
-        return Posterior((mean - self._shift_factor) * self._scaling_factor, std * self._scaling_factor)
+        factor, shift = self._scaling_factor.to(mean), self._shift_factor.to(mean)
+        return Posterior((mean - shift) * factor, std * factor)
 
     def decode(self, latents: Tensor) -> Tensor:
-        vae: Any = self.vae.module
-
         def decode(part: Tensor, bands: TiledVae | None) -> Tensor:
-            pixels = vae.decode(part, return_dict=False)[0] if bands is None else bands.decode(part)
+            pixels = self._decode_whole(part) if bands is None else bands.decode(part)
             # many finished pictures are too large to wait for each other beside the network
             return pixels.float().cpu()
 
         size = Size(latents.shape[-1] * self.facts.downscale, latents.shape[-2] * self.facts.downscale)
-        raw = latents / self._scaling_factor + self._shift_factor
+        raw = latents / self._scaling_factor.to(latents) + self._shift_factor.to(latents)
         return torch.cat(self._through_vae("decode", size, VAE_DECODE_BYTES, decode, raw))
+
+    def _encode_whole(self, pixels: Tensor) -> Any:
+        """The VAE's distribution, with a ``mean`` and a ``std``, of pixels [B, 3, H, W]."""
+        vae: Any = self.vae.module
+        return vae.encode(pixels).latent_dist
+
+    def _decode_whole(self, latents: Tensor) -> Tensor:
+        """The VAE's pixels of its own latents [B, C, h, w]."""
+        vae: Any = self.vae.module
+        pixels: Tensor = vae.decode(latents, return_dict=False)[0]
+        return pixels
+
+    def _vae_widths(self) -> Sequence[int]:
+        """Channels of each level of the VAE from the picture down."""
+        config: Any = self.vae.module.config
+        widths: Sequence[int] = config.get("block_out_channels", ())
+        return widths
 
     def rows_at_once(self, canvas: Size) -> int:
         """See InpaintModel: any number, each evaluation is split to fit."""
@@ -160,10 +183,10 @@ class DiffusersModel(ABC):
         """One evaluation of a whole batch under the ``active`` ControlNets, after so many larger forms ``failed``."""
         size = Size(*(side * self.facts.downscale for side in (rows[0].shape[-1], rows[0].shape[-2])))
 
-        def guided(*part: Tensor) -> Tensor:
+        def guided(of: slice, *part: Tensor) -> Tensor:
             shown = [one._replace(pixels=hint) for one, hint in zip(active, part[len(rows) :], strict=True)]
             with controlled(self.denoiser.module, shown):
-                return self._guided(part[: len(rows)], timestep, guidance, apart=form.apart)
+                return self._guided(part[: len(rows)], timestep, _guidance_of(guidance, of), apart=form.apart)
 
         # an estimate that failed was too low: leave more room for each row
         needed = self._sample_bytes(size, len(active)) * (1 if form.apart else _branches(guidance)) << failed
@@ -200,7 +223,10 @@ class DiffusersModel(ABC):
             both = _per_branch(negative, positive, len(rows[0]))
             twice = tuple(torch.cat([row, row]) for row in rows)
             unconditional, conditional = self._denoise(twice, timestep, both).chunk(2)
-        return unconditional + guidance.scale * (conditional - unconditional)
+        return self._away(unconditional, conditional, guidance.scale)
+
+    def _away(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+        return unconditional + scale * (conditional - unconditional)
 
     def _through_vae(
         self,
@@ -212,7 +238,7 @@ class DiffusersModel(ABC):
     ) -> list[Tensor]:
         """``run`` over as many rows of ``inputs`` at a time as memory allows, or over bands of each."""
         module: Any = self.vae.module
-        channels = sum(module.config.get("block_out_channels", ())[:2]) or VAE_CHANNELS
+        channels = sum(self._vae_widths()[:2]) or VAE_CHANNELS
         per_row = int(bytes_per_pixel * size.width * size.height * self.vae.dtype.itemsize * channels / VAE_CHANNELS)
         # what can never fit would drive everything else out of memory, and the VAE's own weights with it
         hopeless = per_row + RESERVE > self._host.total_memory()
@@ -226,7 +252,7 @@ class DiffusersModel(ABC):
         forms = Forms(wholes + bands or [Form(1)], f"{verb} {size}")
 
         def attempt(form: Form) -> list[Tensor]:
-            def run_part(part: Tensor) -> Tensor:
+            def run_part(_: slice, part: Tensor) -> Tensor:
                 if not form.band_bytes:
                     return run(part, None)
                 return run(part, TiledVae(module, part.device, form.band_bytes, self._host.check_interrupt))
@@ -245,12 +271,14 @@ class DiffusersModel(ABC):
         rows: Rows,
         beside: Sequence[ManagedModule] = (),
     ) -> list[Tensor]:
-        """``run`` over so many rows at a time, on the module's device and in its precision."""
+        """``run`` over so many rows at a time, which it is told with them, on the module's device and in its
+        precision."""
         device = managed.load(needed + RESERVE, beside)
         parts = []
-        for part in zip(*(row.split(at_once) for row in rows), strict=True):
+        for start in range(0, len(rows[0]), at_once):
             self._host.check_interrupt()
-            parts.append(run(*(row.to(device=device, dtype=managed.dtype) for row in part)))
+            of = slice(start, start + at_once)
+            parts.append(run(of, *(row[of].to(device=device, dtype=managed.dtype) for row in rows)))
         return parts
 
 
@@ -291,11 +319,28 @@ LATENT_FORMATS = {(4, 0.18215): "SD15", (4, 0.13025): "SDXL", (16, 1.5305): "SD3
 """By channels and scaling factor, which every autoencoder has for itself."""
 
 
+def latent_scale(vae_config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """What a VAE's latents are multiplied by for the network, and what is taken from them before: [1, C, 1, 1] each,
+    with one channel where all have the same."""
+    if "scaling_factor" in vae_config:
+        factor, shift = torch.tensor(vae_config["scaling_factor"]), torch.tensor(vae_config.get("shift_factor") or 0.0)
+    else:
+        factor, shift = 1 / torch.tensor(vae_config["latents_std"]), torch.tensor(vae_config["latents_mean"])
+    return factor.float().reshape(1, -1, 1, 1), shift.float().reshape(1, -1, 1, 1)
+
+
 def latent_format(vae_config: Mapping[str, Any]) -> str | None:
     """See ModelFacts.latent_format."""
+    if "scaling_factor" not in vae_config:
+        return "Wan21"
     if vae_config.get("latents_mean") is not None:
         return None
     return LATENT_FORMATS.get((vae_config["latent_channels"], round(float(vae_config["scaling_factor"]), 5)))
+
+
+def _guidance_of(guidance: Guidance, rows: slice) -> Guidance:
+    negative = None if guidance.negative is None else guidance.negative.of(rows)
+    return Guidance(guidance.positive.of(rows), negative, guidance.scale)
 
 
 def _branches(guidance: Guidance) -> int:

@@ -19,7 +19,7 @@ from torch import nn
 from ..host import Host, Role
 from ..types import InputError, ModelFileError
 from . import ldm
-from .detect import SHIPPED, Found, Kind, is_pipeline_folder, recognise, recognise_folder
+from .detect import SHIPPED, WAN_VAE, Found, Keys, Kind, is_pipeline_folder, recognise, recognise_folder, vae_of
 from .diffusers_model import DiffusersModel
 from .families import FAMILIES, supported
 from .family import Components, Config, Family, LoadOptions, Part, State, shipped
@@ -27,6 +27,8 @@ from .lora import Lora, LoraStack, Network
 from .modules import assemble
 from .weight_files import Header, read_component, read_json, read_weights
 
+ARCHITECTURES = {"clip": "CLIP", "clip_text_model": "CLIP", "t5": "T5", "qwen2_5_vl": "Qwen2.5-VL"}
+"""What text encoders are called in messages."""
 CONFIG_SUFFIX = "-config"
 """``model.safetensors`` is read with the configs in ``model-config/`` beside it, where there is such a folder."""
 
@@ -161,7 +163,7 @@ def load_model(
             options=options or LoadOptions(),
         )
     )
-    made.notices = notices
+    made.notices += notices
     return made
 
 
@@ -329,12 +331,12 @@ def _text_encoder_files(model: Model, configs: Mapping[str, Config], paths: Sequ
         fitting.sort(key=lambda part: _layers(configs[part.name]) != encoder.layers)
         if not fitting:
             wanted = ", ".join(
-                f"{part.kind.split('_')[0]} of width {_width(configs[part.name])}"
+                f"{ARCHITECTURES.get(part.kind, part.kind)} of width {_width(configs[part.name])}"
                 for part in model.family.text_encoders
                 if part not in taken
             )
             raise ModelFileError(
-                f"{path.name} is a {encoder.architecture} text encoder of width {encoder.width}, which"
+                f"{path.name} is a {ARCHITECTURES[encoder.architecture]} text encoder of width {encoder.width}, which"
                 f" {model.family.title} does not read; it reads {wanted or 'no more than the others that were given'}."
             )
         taken[fitting[0]] = PartFile(path.name, configs[fitting[0].name], read_weights(path))
@@ -342,11 +344,16 @@ def _text_encoder_files(model: Model, configs: Mapping[str, Config], paths: Sequ
 
 
 def _width(text_encoder: Config) -> int:
-    return int(text_encoder.get("hidden_size") or text_encoder.get("d_model", 0))
+    return _of_text(text_encoder, "hidden_size") or _of_text(text_encoder, "d_model")
 
 
 def _layers(text_encoder: Config) -> int:
-    return int(text_encoder.get("num_hidden_layers") or text_encoder.get("num_layers", 0))
+    return _of_text(text_encoder, "num_hidden_layers") or _of_text(text_encoder, "num_layers")
+
+
+def _of_text(text_encoder: Config, key: str) -> int:
+    """A number in a config, or in that of a vision-language model's text half; 0 where there is none."""
+    return int(text_encoder.get(key) or text_encoder.get("text_config", {}).get(key, 0))
 
 
 def _vae_file(model: Model, config: Config, path: Path, host: Host) -> PartFile:
@@ -356,7 +363,7 @@ def _vae_file(model: Model, config: Config, path: Path, host: Host) -> PartFile:
         own = read_json(folder / "config.json")
         if own.get("_class_name", part.kind) != part.kind:
             raise ModelFileError(f"{path.name} is a VAE of type {own['_class_name']}; supported is {part.kind}.")
-        for key in ("latent_channels", "scaling_factor"):
+        for key in ("latent_channels", "scaling_factor", "z_dim"):
             if own.get(key, config.get(key)) != config.get(key):
                 raise ModelFileError(
                     f"{path.name} is the VAE of another family ({key} is {own[key]} where {model.family.title} has"
@@ -370,13 +377,18 @@ def _vae_file(model: Model, config: Config, path: Path, host: Host) -> PartFile:
     prefix = next((prefix for prefix in prefixes if found.header.has_prefix(f"{prefix}decoder.")), None)
     if prefix is None:
         raise ModelFileError(f"{path.name} is {found.what}, where a VAE belongs: choose one for {model.family.title}.")
-    channels = (found.header.shape(f"{prefix}decoder.conv_in.weight") or (0, 0))[1]
-    if channels != config["latent_channels"]:
+    vae_class, channels = vae_of(Keys(found.header, prefix))
+    wanted = config.get("latent_channels") or config["z_dim"]
+    if (vae_class, channels) != (part.kind, wanted):
         raise ModelFileError(
-            f"{path.name} is a VAE of {channels} channels where {model.family.title} has {config['latent_channels']}:"
-            f" choose one that belongs to {model.name}."
+            f"{path.name} is {_vae_title(vae_class, channels)} where {model.family.title} has"
+            f" {_vae_title(part.kind, wanted)}: choose one that belongs to {model.name}."
         )
     return PartFile(path.name, config, ldm.component(read_weights(path), prefix))
+
+
+def _vae_title(vae_class: str, channels: int) -> str:
+    return f"{'a VAE of films' if vae_class == WAN_VAE else 'a VAE'} of {channels} channels"
 
 
 def _assemble(

@@ -59,6 +59,8 @@ class ModelFacts:
     from a negative prompt then."""
     usual_guidance: float | None = None
     """The guidance scale the network was made for, where that is far from the usual 5 to 9."""
+    reads_picture: bool = False
+    """Whether prompts are read together with the picture they are to change (Qwen-Image-Edit)."""
     mask_rule: MaskRule | None = None
     """What to do with a soft mask in the place of the engine's own rule."""
     control_width: int | None = None
@@ -126,6 +128,8 @@ class Canvas:
     """The clean picture's latents; needed unless the run is not soft and starts from noise on a CONCAT model."""
     masked_image: Tensor | None
     """The latents of the picture with a hole; needed by CONCAT models."""
+    pixels: Tensor | None = None
+    """The picture, [N, 3, H, W] in -1..1; only for models that read it with their prompts."""
     soft: Tensor | None = None
     """[N, 1, h, w] in 0..1: the share of the evaluations, counted from the end, that may change each cell."""
     places: tuple[Place, ...] = ()
@@ -155,8 +159,13 @@ class InpaintModel(Protocol):
     @property
     def facts(self) -> ModelFacts: ...
 
-    def encode_prompt(self, prompts: Sequence[str | None], syntax: PromptSyntax) -> list[Any]:
-        """Each prompt as ``sample`` wants it in its guidance; None, which is no prompt at all, as zeros."""
+    def encode_prompt(
+        self, prompts: Sequence[str | None], syntax: PromptSyntax, pictures: Tensor | None = None
+    ) -> list[Any]:
+        """Each prompt as ``sample`` wants it in its guidance; None, which is no prompt at all, as zeros.
+
+        ``pictures`` [N, 3, H, W] in -1..1 are those of the canvas, which only models with ``reads_picture`` look at.
+        """
         ...
 
     def encode_image(self, pixels: Tensor) -> Posterior:

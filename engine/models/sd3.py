@@ -54,7 +54,7 @@ class SD3Model(DiffusersModel):
         self._largest = int(config.pos_embed_max_size) * facts.multiple
 
     @property
-    def latent_shift(self) -> float:
+    def latent_shift(self) -> Tensor:
         """What is taken from the VAE's latents, at the scale of the network's."""
         return self._shift_factor * self._scaling_factor
 

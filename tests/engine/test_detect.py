@@ -142,6 +142,14 @@ MODELS = [
     (sd3(38, **NORMED), "sd3", "3.5-large", "a Stable Diffusion 3.5 Large model"),
     (sd3(24, 33), "sd3", "other", "a Stable Diffusion 3 model with 33 input channels"),
     (QWEN, "qwen-image", "", "a Qwen-Image model"),
+    ({**QWEN, "__index_timestep_zero__": (0,)}, "qwen-image-edit-plus", "still", "a Qwen-Image-Edit model"),
+    (
+        {**QWEN, "time_text_embed.addition_t_embedding.weight": (2, 3072)},
+        "qwen-image",
+        "layered",
+        "a Qwen-Image-Layered model",
+    ),
+    ({**QWEN, "img_in.weight": (3072, 128)}, "mage-flow", "", "a Mage-Flow model"),
     (lumina(3840), "z-image", "", "a Z-Image model"),
     (lumina(2304), "lumina2", "", "a Lumina 2 model"),
 ]
@@ -232,6 +240,36 @@ def test_vaes_are_told_by_their_channels(tmp_path, prefix, channels):
     assert (found.kind, found.latent_channels, found.prefix) == (Kind.VAE, channels, prefix)
 
 
+WAN_FILE = {"decoder.conv1.weight": (384, 16, 3, 3, 3), "decoder.middle.0.residual.0.gamma": (384, 1, 1, 1)}
+WAN_FOLDER = {"decoder.conv_in.weight": (384, 16, 3, 3, 3)}
+
+
+@pytest.mark.parametrize("prefix", ["first_stage_model.", "vae.", ""])
+@pytest.mark.parametrize("shapes", [WAN_FILE, WAN_FOLDER], ids=["Wan's names", "diffusers' names"])
+def test_vaes_of_films_are_told_from_those_of_pictures(tmp_path, prefix, shapes):
+    named = {prefix + key: shape for key, shape in shapes.items()}
+    found = recognise(write_header(tmp_path / "m.safetensors", named))
+    assert (found.kind, found.vae_class, found.latent_channels) == (Kind.VAE, "AutoencoderKLQwenImage", 16)
+    assert found.what == "a VAE of Wan or Qwen-Image"
+
+
+def language_model(layer, *more, layers=3):
+    shapes = {f"{layer.format(number)}mlp.gate_proj.weight": (18944, 3584) for number in range(layers)}
+    return shapes | dict.fromkeys(more, (512,))
+
+
+@pytest.mark.parametrize("layer", ["model.layers.{}.", "model.language_model.layers.{}.", "language_model.layers.{}."])
+def test_qwens_language_model_is_told_from_others(tmp_path, layer):
+    bias, eyes = f"{layer.format(0)}self_attn.k_proj.bias", "visual.blocks.0.mlp.gate_proj.weight"
+    eyes = f"model.{eyes}" if layer.startswith("model.language") else eyes
+    found = recognise(write_header(tmp_path / "m.safetensors", language_model(layer, bias, eyes)))
+    assert found.text_encoder == TextEncoder("qwen2_5_vl", 3584, 3)
+    for part in (bias, eyes):
+        other = recognise(write_header(tmp_path / "m.safetensors", language_model(layer, part)))
+        assert other.text_encoder is None
+        assert other.kind is not Kind.TEXT_ENCODER
+
+
 @pytest.fixture
 def host():
     return LocalHost(device=torch.device("cpu"))
@@ -245,7 +283,7 @@ def refusal(path, host, **options):
     return message
 
 
-USABLE = ("", "inpaint", "dev", "schnell", "fill", "3-medium", "3.5-medium", "3.5-large")
+USABLE = ("", "inpaint", "still", "dev", "schnell", "fill", "3-medium", "3.5-medium", "3.5-large")
 UNSUPPORTED = [row for row in MODELS if row[1] not in FAMILIES or row[2] not in USABLE]
 
 
@@ -259,7 +297,10 @@ def test_what_cannot_be_loaded_is_named_with_what_can(tmp_path, host, shapes, fa
         assert "supported are Stable Diffusion 1.x, Stable Diffusion 2.x, SDXL" in message
 
 
-@pytest.mark.parametrize("shapes", [QWEN, lumina(3840), MODELS[28][0]], ids=["Qwen-Image", "Z-Image", "FLUX.2"])
+LAYERED, FLUX_2 = (row[0] for row in MODELS if row[3] in ("a Qwen-Image-Layered model", "a FLUX.2 model"))
+
+
+@pytest.mark.parametrize("shapes", [lumina(3840), LAYERED, FLUX_2], ids=["Z-Image", "Qwen-Image-Layered", "FLUX.2"])
 def test_comfyuis_own_loader_is_pointed_to_where_it_helps(tmp_path, host, shapes):
     message = refusal(write_header(tmp_path / "bare.safetensors", shapes), host)
     assert message.endswith(

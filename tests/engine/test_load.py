@@ -505,7 +505,9 @@ def test_what_is_no_vae_of_this_family_is_refused(tmp_path, folder, other, host)
     with pytest.raises(ModelFileError, match=r"unet.safetensors is a diffusion model .*, where a VAE belongs"):
         load_model(folder, host, vae=unet)
     flux = write_header(tmp_path / "ae.safetensors", {"decoder.conv_in.weight": (512, 16, 3, 3)})
-    with pytest.raises(ModelFileError, match=r"ae.safetensors is a VAE of 16 channels where .* 1.x has 4"):
+    with pytest.raises(
+        ModelFileError, match=r"ae.safetensors is a VAE of 16 channels where .* 1.x has a VAE of 4 channels"
+    ):
         load_model(folder, host, vae=flux)
     other.save_pretrained(tmp_path / "sdxl-vae")
     path = tmp_path / "sdxl-vae" / "config.json"
