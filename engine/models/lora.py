@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..types import ModelFileError, check_range
 from . import ldm
-from .lora_file import LoraFile, LoraLayer, Target, family_of, flat, read_lora
+from .lora_file import LoraFile, LoraLayer, Target, family_by_layers, family_named, family_of, flat, read_lora
 from .transformer_layouts import Layout, flux_layout, sd3_layout
 
 MAX_STRENGTH = 20.0
@@ -87,6 +87,7 @@ class LoraStack:
         self._model = model
         self._files = [(lora, read_lora(lora.path)) for lora in loras]
         self._placed: list[set[LoraLayer]] = [set() for _ in loras]
+        self._family: str | None = None
 
     def fuse(self, network: Network) -> dict[str, Tensor]:
         """The network's weights with all files added; what none of them changes is the tensor that came.
@@ -99,6 +100,8 @@ class LoraStack:
         if target is None or not self._files:
             return dict(network.weights)
         places = _places(network)
+        if target is Target.DENOISER:
+            self._family = family_named(places)
         changes: dict[Layers, list[_Change]] = defaultdict(list)
         for (lora, file), placed in zip(self._files, self._placed, strict=True):
             for layer in file.layers:
@@ -120,7 +123,7 @@ class LoraStack:
         notices = []
         for (_, file), placed in zip(self._files, self._placed, strict=True):
             lost = [layer for layer in file.layers if layer not in placed]
-            _refuse_misfit(file, lost, self._model)
+            _refuse_misfit(file, lost, self._model, self._family)
             unused = [*file.unknown, *(key for layer in lost for key in layer.keys.values())]
             if unused:
                 notices.append(
@@ -159,13 +162,17 @@ def _places(network: Network) -> dict[str, Layers]:
     return {flat(name): place for name, place in {**original_names(network), **own}.items()}
 
 
-def _refuse_misfit(file: LoraFile, lost: Sequence[LoraLayer], model: str) -> None:
-    """A file made for another family may fit a text encoder that both have; its denoiser decides then."""
+def _refuse_misfit(file: LoraFile, lost: Sequence[LoraLayer], model: str, family: str | None) -> None:
+    """A file made for another family may fit a text encoder that both have; its denoiser decides then. Of that, too, a
+    part may fit: the attentions of FLUX and Qwen-Image have the same names and widths in diffusers."""
     targets = {layer.target for layer in file.layers}
     deciding = {Target.DENOISER} if Target.DENOISER in targets else targets
     total = sum(layer.target in deciding for layer in file.layers)
-    if sum(layer.target in deciding for layer in lost) == total:
+    missing = sum(layer.target in deciding for layer in lost)
+    if missing == total:
         raise ModelFileError(_misfit(file, model, f"none of its {total} layers is there"))
+    if missing and family is not None and family_by_layers(file) not in (None, family):
+        raise ModelFileError(_misfit(file, model, f"{missing} of its {total} layers are not there"))
 
 
 def _misfit(file: LoraFile, model: str, reason: str) -> str:

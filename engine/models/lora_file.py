@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -72,6 +72,11 @@ class LoraFile:
     def tensors(self, layer: LoraLayer) -> dict[str, Tensor]:
         """The factors of a layer in float32, by what they are."""
         return {kind: self.header.read(key).float() for kind, key in layer.keys.items() if kind != "alpha"}
+
+    def width(self, layer: LoraLayer) -> int:
+        """How many numbers the layer reads; 0 where its factors do not tell."""
+        shape = self.header.shape(layer.keys["down"]) if "down" in layer.keys else None
+        return shape[1] if shape else 0
 
     def alpha(self, layer: LoraLayer) -> float | None:
         """What a change is multiplied with before its rank divides it: the layer's own tensor, or what peft wrote into
@@ -226,23 +231,49 @@ _CONTEXT_FAMILIES = {
 }
 # parts of flat layer names that tell other architectures; the first that fits counts
 _NAMED_FAMILIES = (
-    (("double_stream_modulation", "single_stream_modulation"), "FLUX.2"),
+    (("double_stream_modulation", "single_stream_modulation", "to_qkv_mlp_proj"), "FLUX.2"),
     (("double_blocks", "single_blocks", "single_transformer_blocks"), "FLUX"),
-    (("img_mlp", "txt_mlp"), "Qwen-Image"),
-    (("joint_blocks", "add_q_proj"), "Stable Diffusion 3"),
+    (("img_mlp", "txt_mlp", "img_mod", "txt_mod"), "Qwen-Image"),
+    (("joint_blocks",), "Stable Diffusion 3"),
     (("noise_refiner", "adaLN_modulation"), "Z-Image or Lumina"),
 )
+# the attentions of FLUX, Stable Diffusion 3 and Qwen-Image have the same names in diffusers: by the widths they read,
+# and FLUX, which has this many blocks of them, and Qwen-Image, which has 60, by their number
+_JOINT_ATTENTION = re.compile(r"transformer_blocks_(\d+)_attn_(to|add)_")
+_JOINT_FAMILIES = {1536: "Stable Diffusion 3", 2432: "Stable Diffusion 3", 3072: "FLUX"}
+_FLUX_BLOCKS, _SD3_BLOCKS = 19, 38
+
+
+def family_named(names: Iterable[str]) -> str | None:
+    """The family of a denoiser with layers of these flat names; None where they do not tell, as those of UNets."""
+    listing = "\n".join(names)
+    return next((family for marks, family in _NAMED_FAMILIES if any(mark in listing for mark in marks)), None)
+
+
+def family_by_layers(file: LoraFile) -> str | None:
+    """The models a file is made for; None where the names and shapes of its layers do not tell."""
+    layers = [layer for layer in file.layers if layer.target is Target.DENOISER]
+    named = family_named(layer.flat_name for layer in layers)
+    return named or _family_by_prompts(file, layers) or _family_by_blocks(file, layers)
 
 
 def family_of(file: LoraFile) -> str | None:
-    """The models a file seems to be made for; None where its names and shapes do not tell."""
-    names = [(layer.flat_name, layer) for layer in file.layers if layer.target is Target.DENOISER]
-    for marks, family in _NAMED_FAMILIES:
-        if any(mark in name for name, _ in names for mark in marks):
-            return family
-    for name, layer in names:
-        shape = file.header.shape(layer.keys["down"]) if "down" in layer.keys else None
-        if shape and re.search(r"attn2_to_[kv]$", name) and shape[1] in _CONTEXT_FAMILIES:
-            return _CONTEXT_FAMILIES[shape[1]]
+    """The models a file seems to be made for, by its layers or by what it says itself."""
     metadata = file.header.metadata
-    return metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
+    own = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
+    return family_by_layers(file) or own
+
+
+def _family_by_prompts(file: LoraFile, layers: Sequence[LoraLayer]) -> str | None:
+    widths = (file.width(layer) for layer in layers if re.search(r"attn2_to_[kv]$", layer.flat_name))
+    return next((_CONTEXT_FAMILIES[width] for width in widths if width in _CONTEXT_FAMILIES), None)
+
+
+def _family_by_blocks(file: LoraFile, layers: Sequence[LoraLayer]) -> str | None:
+    attentions = [(layer, found) for layer in layers if (found := _JOINT_ATTENTION.match(layer.flat_name))]
+    blocks = max((int(found[1]) + 1 for _, found in attentions), default=0)
+    widths = (file.width(layer) for layer, _ in attentions)
+    family = next((_JOINT_FAMILIES[width] for width in widths if width in _JOINT_FAMILIES), None)
+    if blocks > _SD3_BLOCKS or (family == "FLUX" and blocks > _FLUX_BLOCKS):
+        return "Qwen-Image"
+    return family

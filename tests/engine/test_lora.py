@@ -1,5 +1,6 @@
 """LoRA files: each kind against its formula, each spelling against the others, and what fits nowhere."""
 
+import inspect
 import json
 import re
 from dataclasses import replace
@@ -18,6 +19,7 @@ from comfyui_mend.engine.types import InputError, ModelFileError
 from safetensors.torch import save_file
 from tiny import relative, tiny_pipeline
 from tiny_flow import tiny_flux, tiny_sd3
+from tiny_qwen import tiny_qwen_image, tiny_transformer
 from tiny_sdxl import save_tiny_sdxl, tiny_sdxl
 
 CPU = LocalHost(torch.device("cpu"))
@@ -518,7 +520,156 @@ def test_sd3_layers_that_files_join_are_parted(tmp_path):
         assert relative(expected, torch.cat([weights[f"{part}.weight"] for part in parts])) <= 1e-6, name
 
 
+QWEN_BLOCK = [
+    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    *(f"{kind}_{layer}" for kind in ("img", "txt") for layer in ("mod.1", "mlp.net.0.proj", "mlp.net.2")),
+]
+"""All of which the accelerating LoRAs for Qwen-Image change."""
+
+
+def qwen_network(transformer):
+    return Network("transformer", transformer.state_dict(), dict(transformer.config), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    torch.manual_seed(0)
+    return tiny_transformer()
+
+
+def qwen_layers(transformer):
+    weights = transformer.state_dict()
+    names = [f"transformer_blocks.{block}.{name}" for block in range(2) for name in QWEN_BLOCK]
+    return {name: factors(weights[f"{name}.weight"], n) for n, name in enumerate(names)}
+
+
+QWEN_SPELLINGS = {
+    "diffusers": ("transformer.{}", ("lora_A", "lora_B")),
+    "peft alone": ("base_model.model.{}", ("lora_A", "lora_B")),
+    "peft named": ("{}", ("lora_A.default", "lora_B.default")),
+    "bare": ("{}", ("lora_A", "lora_B")),
+    "Lightning": ("{}", ("lora_down", "lora_up")),
+    "ComfyUI": ("diffusion_model.{}", ("lora_A", "lora_B")),
+    "kohya": ("lora_unet_{}", ("lora_down", "lora_up")),
+    "LyCORIS": ("lycoris_{}", ("lora_down", "lora_up")),
+}
+
+
+def qwen_lora(layers, spelling, alpha=2.0):
+    prefix, ends = QWEN_SPELLINGS[spelling]
+    state = {}
+    for layer, pair in layers.items():
+        name = prefix.format(layer.replace(".", "_") if prefix.endswith("_{}") else layer)
+        state |= {f"{name}.{end}.weight": factor for end, factor in zip(ends, pair, strict=True)}
+        if alpha is not None:
+            state[f"{name}.alpha"] = torch.tensor(alpha)
+    return state
+
+
+@pytest.mark.parametrize("spelling", QWEN_SPELLINGS)
+def test_every_spelling_of_a_qwen_image_lora_is_added(tmp_path, qwen, spelling):
+    layers, before = qwen_layers(qwen), qwen.state_dict()
+    path = write(tmp_path / "x.safetensors", qwen_lora(layers, spelling))
+    weights, notices = fused(qwen_network(qwen), Lora(path, 0.7))
+    assert notices == ()
+    for layer, pair in layers.items():
+        expected = before[f"{layer}.weight"] + 0.7 * 2 / RANK * product(*pair)
+        assert relative(expected, weights[f"{layer}.weight"]) <= 1e-6
+        assert relative(expected, before[f"{layer}.weight"]) > 1e-2
+    assert {key for key in before if not torch.equal(before[key], weights[key])} == {
+        f"{name}.weight" for name in layers
+    }
+
+
+def test_the_qwen_image_network_computes_what_the_layers_beside_it_would(tmp_path, qwen):
+    """Two files of their own strengths, against hooks; without alpha it is another picture."""
+    layers = qwen_layers(qwen)
+    attention = {name: factors(qwen.state_dict()[f"{name}.weight"], 99) for name in list(layers)[:4]}
+    first = write(tmp_path / "first.safetensors", qwen_lora(layers, "Lightning"))
+    second = write(tmp_path / "second.safetensors", qwen_lora(attention, "diffusers", None))
+    random = draw(3)
+    inputs = {
+        "hidden_states": random(1, 24, 64) * 5,
+        "timestep": torch.tensor([0.5]),
+        "encoder_hidden_states": random(1, 7, 32) * 5,
+        "img_shapes": [[(1, 4, 6)]],
+        "return_dict": False,
+    }
+    if "txt_seq_lens" in inspect.signature(qwen.forward).parameters:
+        inputs["txt_seq_lens"] = [7]
+
+    def branch(scale, down, up):
+        return lambda module, args, output: output + scale * (args[0] @ down.T @ up.T)
+
+    def by_weights(*loras):
+        network = tiny_transformer()
+        network.load_state_dict(fused(qwen_network(qwen), *loras)[0])
+        return network(**inputs)[0]
+
+    with torch.no_grad():
+        hooks = [(name, 0.8 * 2 / RANK, pair) for name, pair in layers.items()]
+        hooks += [(name, -0.5, pair) for name, pair in attention.items()]
+        handles = [qwen.get_submodule(name).register_forward_hook(branch(s, *pair)) for name, s, pair in hooks]
+        expected = qwen(**inputs)[0]
+        for handle in handles:
+            handle.remove()
+        assert relative(expected, by_weights(Lora(first, 0.8), Lora(second, -0.5))) <= 5e-6
+        without = write(tmp_path / "without.safetensors", qwen_lora(layers, "Lightning", None))
+        assert relative(expected, by_weights(Lora(without, 0.8), Lora(second, -0.5))) > 1e-2
+        assert relative(expected, by_weights(Lora(first, 0.8))) > 1e-2
+
+
+def test_a_qwen_image_model_is_loaded_with_loras(tmp_path):
+    pipeline = tiny_qwen_image(tmp_path / "made")
+    pipeline.save_pretrained(tmp_path / "qwen")
+    before, layers = pipeline.transformer.state_dict(), qwen_layers(pipeline.transformer)
+    path = write(tmp_path / "lightning.safetensors", qwen_lora(layers, "Lightning", float(RANK)))
+    model = load_model(tmp_path / "qwen", CPU, loras=[Lora(path), Lora(path, -0.25)])
+    assert model.notices == ()
+    found = model.denoiser.module.state_dict()
+    for layer, pair in layers.items():
+        assert relative(before[f"{layer}.weight"] + 0.75 * product(*pair), found[f"{layer}.weight"]) <= 1e-6
+
+
+def test_every_layer_of_qwen_image_has_its_names():
+    from comfyui_mend.engine.models.qwen_image import build_transformer
+
+    config = read_json(CONFIGS / "qwen-image" / "transformer" / "config.json")
+    with torch.device("meta"):
+        transformer = build_transformer(config)
+    places = lora._places(qwen_network(transformer))
+    layers = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert len(layers) == 60 * len(QWEN_BLOCK) + 6
+    assert all(places[name.replace(".", "_")].names == (name,) for name in layers)
+
+
 # --- what fits nowhere
+
+
+def attentions(*blocks):
+    """Rank 4 on the attentions of these transformer blocks, which FLUX and Qwen-Image have alike."""
+    return {f"transformer_blocks.{block}.attn.to_q": factors(torch.ones(16, 16), block) for block in blocks}
+
+
+def test_what_fits_another_family_by_half_is_refused(tmp_path, qwen):
+    """Layers of the same names and widths are there: what painted would be neither model nor LoRA."""
+    flux = Network("transformer", flux_state(draw()), {"num_layers": 1, "num_single_layers": 1}, torch.float32)
+    for_qwen = write(tmp_path / "portrait.safetensors", qwen_lora(attentions(0, 59), "diffusers"))
+    with pytest.raises(ModelFileError, match="1 of its 2 layers are not there, it seems to be made for Qwen-Image;"):
+        fused(flux, Lora(for_qwen))
+    width = torch.ones(32, 32)
+    layers = {
+        "transformer_blocks.0.attn.to_q": factors(width),
+        "single_transformer_blocks.0.attn.to_q": factors(width),
+    }
+    for_flux = write(tmp_path / "flux.safetensors", qwen_lora(layers, "diffusers"))
+    with pytest.raises(ModelFileError, match="1 of its 2 layers are not there, it seems to be made for FLUX;"):
+        fused(qwen_network(qwen), Lora(for_flux))
+    # its own, of which something is not there, is only told of
+    layers = {**qwen_layers(qwen), "transformer_blocks.2.attn.to_q": factors(width)}
+    _, notices = fused(qwen_network(qwen), Lora(write(tmp_path / "more.safetensors", qwen_lora(layers, "bare"))))
+    assert len(notices) == 1 and "3 of its 87 tensors have no place" in notices[0]
 
 
 def test_what_has_no_place_is_named(tmp_path, pipeline, style):
@@ -536,7 +687,12 @@ def test_what_has_no_place_is_named(tmp_path, pipeline, style):
     [
         ({"double_blocks.0.img_attn.qkv": (48, 16)}, "it seems to be made for FLUX;"),
         ({"joint_blocks.0.x_block.attn.qkv": (48, 16)}, "Stable Diffusion 3"),
-        ({"transformer_blocks.0.img_mlp.net.2": (16, 16)}, "Qwen-Image"),
+        ({"transformer_blocks.0.img_mlp.net.2": (16, 16)}, "made for Qwen-Image;"),
+        ({"transformer_blocks.0.img_mod.1": (16, 16)}, "made for Qwen-Image;"),
+        ({"transformer_blocks.59.attn.to_q": (16, 16)}, "made for Qwen-Image;"),
+        ({"transformer_blocks.19.attn.add_q_proj": (16, 3072)}, "made for Qwen-Image;"),
+        ({"transformer_blocks.18.attn.add_q_proj": (16, 3072)}, "made for FLUX;"),
+        ({"transformer_blocks.23.attn.add_q_proj": (16, 1536)}, "made for Stable Diffusion 3;"),
         ({ATTENTION: (64, 2048)}, "is 64 x 2048 where 64 x 32 belongs, it seems to be made for SDXL"),
         ({"up_blocks.3.attentions.0.transformer_blocks.0.attn2.to_v": (64, 768)}, "Stable Diffusion 1.x"),
         ({"something": (4, 4)}, "none of its 1 layers is there; choose"),
