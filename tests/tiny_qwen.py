@@ -41,8 +41,8 @@ def tiny_qwen_tokenizer(folder):
     return Qwen2Tokenizer.from_pretrained(str(write_qwen_tokenizer(folder)))
 
 
-def tiny_language_model(width=32, **text):
-    """A Qwen2.5-VL with 2 layers of language and 2 of vision."""
+def tiny_language_model(width=32, vision=None, **text):
+    """A Qwen2.5-VL with 2 layers of language and 2 of vision; ``vision`` and ``text`` are options of its configs."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     half = width // 4 // 2
@@ -68,6 +68,7 @@ def tiny_language_model(width=32, **text):
             "out_hidden_size": width,
             "fullatt_block_indexes": [1],
             "window_size": 56,
+            **(vision or {}),
         },
         image_token_id=256 + MARKS.index("<|image_pad|>"),
         vision_start_token_id=256 + MARKS.index("<|vision_start|>"),

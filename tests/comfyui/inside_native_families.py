@@ -63,8 +63,12 @@ def cond(embedding):
 def compare(reference, patcher, **options):
     reference.facts = replace(reference.facts, native_size=128)
     negative, positive = reference.encode_prompt(["blurry", "a cat"], PromptSyntax.COMFY)
-    native = Borrowed(patcher, reference, cond(positive), cond(negative))
-    image, mask = photo_and_mask()
+    return run_both(reference, Borrowed(patcher, reference, cond(positive), cond(negative)), **options)
+
+
+def run_both(reference, native, size=(200, 160), **options):
+    """The largest difference of their latents, of the largest one."""
+    image, mask = photo_and_mask(*size)
     request = InpaintRequest(
         image=image, mask=mask, prompt="a cat", negative_prompt="blurry", seed=5, **{"steps": 6, **options}
     )

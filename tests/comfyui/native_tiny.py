@@ -192,8 +192,8 @@ def native_sd3(transformer: Any) -> Any:
     return patched(model, comfy.utils.mmdit_to_diffusers(config), transformer)
 
 
-def native_qwen() -> Any:
-    """A random MODEL of Qwen-Image, whose latents have an axis for frames."""
+def native_qwen(module: Any = None) -> Any:
+    """A MODEL of Qwen-Image, whose latents have an axis for frames; with a diffusers module's weights, or random."""
     config = {
         "image_model": "qwen_image",
         "in_channels": 64,
@@ -202,13 +202,17 @@ def native_qwen() -> Any:
         "attention_head_dim": 16,
         "num_attention_heads": 2,
         "joint_attention_dim": 32,
-        "axes_dims_rope": (4, 4, 8),
+        "axes_dims_rope": (4, 6, 6),
         "dtype": torch.float32,
     }
+    if module is not None and module.config.zero_cond_t:
+        config["default_ref_method"] = "index_timestep_zero"
     settings = comfy.supported_models.QwenImage(dict(config))
     settings.unet_config = config
     settings.set_inference_dtype(torch.float32, None)
     model = comfy.model_base.QwenImage(settings, device=CPU)
+    if module is not None:
+        return patched(model, {key: key for key in module.state_dict()}, module)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.diffusion_model.parameters():
         parameter.data.normal_(0, 0.2, generator=generator)
