@@ -30,7 +30,6 @@ BAND_BYTES = (256 * MIB, 64 * MIB, 16 * MIB)
 """Activations of a band, where the VAE runs in bands."""
 RESERVE = 300 * MIB
 """Left alone when a batch is sized: kernels' workspaces and the allocator's slack."""
-REMEMBERED_PROMPTS = 16
 
 Rows = tuple[Tensor, ...]
 """What the network reads beside timestep and prompt, a row for each picture; the latents come first."""
@@ -65,6 +64,7 @@ class DiffusersModel(ABC):
 
     notices: tuple[str, ...] = ()
     """What should be known of how it was loaded."""
+    remembered_prompts: ClassVar[int] = 16
     denoiser_bytes: ClassVar[float] = 1.5 * 65 * MIB / (512 * 512 * 2)
     """Activations of the denoiser per sample, pixel and byte of precision: 1.5 times the tensors alive at once; here
     Stable Diffusion's."""
@@ -105,7 +105,7 @@ class DiffusersModel(ABC):
             # a textual-inversion file may change between runs
             if not (isinstance(prompt, str) and "embedding:" in prompt):
                 self._prompts[prompt, syntax] = embedding
-        while len(self._prompts) > REMEMBERED_PROMPTS:
+        while len(self._prompts) > self.remembered_prompts:
             self._prompts.popitem(last=False)
         return result
 

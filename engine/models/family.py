@@ -57,6 +57,11 @@ class LoadOptions:
             )
 
 
+def brain_float(config: Config, dtype: torch.dtype) -> torch.dtype:
+    """For networks that were trained in bfloat16 and some of whose activations pass 65504, which float16 has not."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
 @dataclass(frozen=True)
 class Part:
     """One network of a family."""

@@ -21,7 +21,7 @@ from ..host import Host, ManagedModule, Role
 from ..memory import MIB
 from ..prompts import LAST_LAYER
 from .diffusers_model import DiffusersModel, Embedding, Rows, per_row
-from .family import Components, Config, Family, Part, State, by_variant
+from .family import Components, Config, Family, Part, State, brain_float, by_variant
 from .parts import VAE, build_clip, clip_tokenizer, find_embeddings, read_clip
 from .protocol import Canvas, Conditioning, Guidance, ModelFacts, PromptSyntax
 from .sdxl import TextReader, vae_precision
@@ -128,11 +128,6 @@ def read_transformer(state: State, config: Config) -> dict[str, Tensor]:
         return dict(state)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return flux_layout(config).convert(state, width)
-
-
-def brain_float(config: Config, dtype: torch.dtype) -> torch.dtype:
-    """The network was trained in bfloat16, and its activations pass float16's range."""
-    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def flux_facts(components: Components) -> ModelFacts:

@@ -26,7 +26,7 @@ from ..types import ModelFileError
 from . import wan_vae
 from .detect import STILL_MARK, Found
 from .diffusers_model import DiffusersModel, Embedding, Rows, per_row
-from .family import Components, Config, Family, Part, State
+from .family import Components, Config, Family, Part, State, brain_float
 from .flux import PATCH, pack, unpack
 from .protocol import Canvas, Conditioning, ModelFacts, PromptSyntax
 from .qwen_text import (
@@ -111,6 +111,8 @@ class QwenImageEditModel(QwenImageModel):
     """Qwen-Image-Edit, which is shown the canvas, and what is to be done with it."""
 
     denoiser_bytes = 1.5 * 785 * MIB / (1024 * 1024 * 2)
+    # with a picture's tokens each is 20 MB
+    remembered_prompts = 4
 
     def __init__(self, *args: Any, glance: int | None, **parts: Any) -> None:
         """``glance``: the side of a square of as many pixels as the language model is shown; None: the canvas."""
@@ -169,11 +171,6 @@ def build_transformer(config: Config) -> nn.Module:
 def read_transformer(state: State, config: Config) -> dict[str, Tensor]:
     """diffusers' names, which all files have."""
     return {key: tensor for key, tensor in state.items() if key != STILL_MARK}
-
-
-def brain_float(config: Config, dtype: torch.dtype) -> torch.dtype:
-    """The network was trained in bfloat16, and its activations pass float16's range."""
-    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def qwen_image_facts(components: Components, reads_picture: bool = False) -> ModelFacts:

@@ -24,7 +24,7 @@ from ..host import Host, ManagedModule, Role
 from ..images import to_bytes
 from ..memory import MIB
 from ..types import InputError, ModelFileError
-from .family import Components, Config, Part, State
+from .family import Components, Config, Part, State, brain_float
 from .protocol import PromptSyntax
 
 TOKENIZER_FOLDERS = "qwen25_tokenizer"
@@ -133,11 +133,6 @@ def read_vision_language_model(state: State, config: Config) -> dict[str, Tensor
             key = f"language_model.{key}"
         result[key] = tensor
     return result
-
-
-def brain_float(config: Config, dtype: torch.dtype) -> torch.dtype:
-    """Some of its states pass 65504: float16 would make infinities of them."""
-    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 _PREFIXES = ("text_encoders.qwen25_7b.transformer.",)
@@ -344,6 +339,8 @@ class QwenReader:
         seen = patches(picture)
         (mark,) = self.tokenizer(PICTURE_TOKEN)["input_ids"]
         first = ids.index(mark)
+        if ids.count(mark) > 1:
+            raise InputError(f"The prompt holds {PICTURE_TOKEN}, which stands for the picture: take it out.")
         rows, columns = seen.tokens
         ids[first : first + 1] = [mark] * (rows * columns)
         at = places(len(ids), first, seen.tokens)

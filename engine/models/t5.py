@@ -18,7 +18,7 @@ from ..host import Host, ManagedModule, Role
 from ..memory import MIB
 from ..prompts import Token, token_groups
 from ..types import ModelFileError
-from .family import Components, Config, Part, State
+from .family import Components, Config, Part, State, brain_float
 from .protocol import PromptSyntax
 
 TOKENIZER_FOLDERS = "t5_tokenizer"
@@ -45,11 +45,6 @@ def read_t5(state: State, config: Config) -> dict[str, Tensor]:
     return result if table is None else result | dict.fromkeys(("shared.weight", "encoder.embed_tokens.weight"), table)
 
 
-def t5_precision(config: Config, dtype: torch.dtype) -> torch.dtype:
-    """The hidden states of the large T5s pass 65504: float16 would make infinities of them."""
-    return torch.bfloat16 if dtype == torch.float16 else dtype
-
-
 def t5_part(name: str) -> Part:
     """The part of a family whose T5 has that name, in the files of ComfyUI's one-file checkpoints as well."""
     return Part(
@@ -59,7 +54,7 @@ def t5_part(name: str) -> Part:
         build_t5,
         read_t5,
         ("text_encoders.t5xxl.transformer.",),
-        precision=t5_precision,
+        precision=brain_float,
     )
 
 

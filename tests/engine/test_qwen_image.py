@@ -325,6 +325,12 @@ def test_a_prompt_beyond_what_the_network_reads_is_refused(plain):
         make_qwen_model(QWEN_IMAGE, plain).encode_prompt(["a" * 1100], PromptSyntax.COMFY)
 
 
+def test_a_prompt_that_holds_the_mark_of_pictures_is_refused(edit):
+    pictures = scene()[0].permute(0, 3, 1, 2) * 2 - 1
+    with pytest.raises(InputError, match=r"holds <\|image_pad\|>, which stands for the picture: take it out"):
+        make_qwen_model(QWEN_IMAGE_EDIT, edit).encode_prompt(["a <|image_pad|>"], PromptSyntax.COMFY, pictures)
+
+
 def test_the_later_models_are_shown_the_picture_as_their_pipeline_shows_it(edit):
     """QwenImageEditPlusPipeline has no masks, but the same words and glances."""
     from diffusers import QwenImageEditPlusPipeline
