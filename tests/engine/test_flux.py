@@ -508,7 +508,7 @@ def test_text_encoders_of_other_models_are_refused(fill, tmp_path):
     paths = split_files(fill, tmp_path)
     tiny_t5(48).save_pretrained(tmp_path / "other")
     wrong = tmp_path / "other" / "model.safetensors"
-    with pytest.raises(ModelFileError, match=r"t5 text encoder of width 48, which FLUX\.1 .* does not read"):
+    with pytest.raises(ModelFileError, match=r"T5 text encoder of width 48, which FLUX\.1 .* does not read"):
         load_model(paths["flux"], HOST, vae=paths["ae"], text_encoders=[paths["clip_l"], wrong])
 
 

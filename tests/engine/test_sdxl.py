@@ -379,7 +379,7 @@ def test_split_files_load(nine, tmp_path, host, prefix, layout):
     with pytest.raises(ModelFileError, match=r"holds a UNet but no text encoder 2: choose its file as a text encoder"):
         load_model(paths["unet"], host, vae=paths["vae"], text_encoders=[paths["clip_l"]])
     with pytest.raises(
-        ModelFileError, match=r"clip_l.safetensors is a clip text encoder of width 32, which SDXL .* 48"
+        ModelFileError, match=r"clip_l.safetensors is a CLIP text encoder of width 32, which SDXL .* 48"
     ):
         load_model(paths["unet"], host, vae=paths["vae"], text_encoders=[paths["clip_l"]] * 2)
     with pytest.raises(ModelFileError, match=r"vae.safetensors is a VAE alone, where a text encoder"):
