@@ -118,12 +118,30 @@ class Components:
     def tokenizer_folder(self, name: str) -> Path | None:
         """The model's own tokenizer, "tokenizer" or "tokenizer_2"; None where only shipped ones can stand in."""
         folder = self.folder / name
-        return folder if any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")) else None
+        return folder if _holds_tokenizer(folder) else None
+
+    def find_tokenizer(self, names: Sequence[str], kind: str, title: str) -> Path:
+        """The model's own tokenizer in one of its folders, else one in the host's folders of a ``kind``; raises
+        ModelFileError where there is none, for the network that ``title`` says."""
+        own = (self.tokenizer_folder(name) for name in names)
+        hosts = (folder for folder in self.host.model_folders(kind) if _holds_tokenizer(folder))
+        found = next((folder for folder in (*own, *hosts) if folder is not None), None)
+        if found is None:
+            raise ModelFileError(
+                f"{self.name} has no tokenizer for {title}, which its file cannot hold: load it from its diffusers"
+                f" folder, or put that folder without its weights beside the file, named"
+                f" {Path(self.name).stem}-config."
+            )
+        return found
 
     @property
     def downscale(self) -> int:
         """Pixels per latent cell."""
         return int(2 ** (len(self.configs["vae"]["block_out_channels"]) - 1))
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json"))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..host import Host, ManagedModule, Role
+from ..host import ManagedModule, Role
 from ..images import to_bytes
 from ..memory import MIB
 from ..types import InputError, ModelFileError
@@ -161,20 +161,8 @@ VISION_LANGUAGE_MODEL = Part(
 
 def qwen_tokenizer(components: Components) -> Any:
     """The model's own, else one the host has; raises ModelFileError where there is none."""
-    own = components.tokenizer_folder("tokenizer") or components.tokenizer_folder("processor")
-    folder = own or _hosts_tokenizer(components.host)
-    if folder is None:
-        raise ModelFileError(
-            f"{components.name} has no tokenizer for Qwen2.5, which its file cannot hold: load it from its diffusers"
-            f" folder, or put that folder without its weights beside the file, named"
-            f" {Path(components.name).stem}-config."
-        )
+    folder = components.find_tokenizer(("tokenizer", "processor"), TOKENIZER_FOLDERS, "Qwen2.5")
     return load_qwen_tokenizer(folder)
-
-
-def _hosts_tokenizer(host: Host) -> Path | None:
-    folders = host.model_folders(TOKENIZER_FOLDERS)
-    return next((folder for folder in folders if (folder / "vocab.json").is_file()), None)
 
 
 def load_qwen_tokenizer(folder: Path) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..host import Host, ManagedModule, Role
+from ..host import ManagedModule, Role
 from ..memory import MIB
 from ..prompts import Token, token_groups
 from ..types import ModelFileError
@@ -60,18 +60,8 @@ def t5_part(name: str) -> Part:
 
 def t5_tokenizer(components: Components, part: str) -> Any:
     """That of one text encoder, else one the host has; raises ModelFileError where there is none."""
-    folder = components.tokenizer_folder(part.replace("text_encoder", "tokenizer")) or _hosts_tokenizer(components.host)
-    if folder is None:
-        raise ModelFileError(
-            f"{components.name} has no tokenizer for T5, which its file cannot hold: load it from its diffusers folder,"
-            f" or put that folder without its weights beside the file, named {Path(components.name).stem}-config."
-        )
-    return load_t5_tokenizer(folder)
-
-
-def _hosts_tokenizer(host: Host) -> Path | None:
-    folders = host.model_folders(TOKENIZER_FOLDERS)
-    return next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None)
+    names = (part.replace("text_encoder", "tokenizer"),)
+    return load_t5_tokenizer(components.find_tokenizer(names, TOKENIZER_FOLDERS, "T5"))
 
 
 def load_t5_tokenizer(folder: Path) -> Any:
