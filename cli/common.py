@@ -42,6 +42,8 @@ KINDS = (
     "vae",
 )
 """Subfolders of a models folder, in ComfyUI's layout."""
+TOKENIZERS = ("t5_tokenizer", "qwen25_tokenizer")
+"""What ComfyUI has beside its models, for files that cannot hold their tokenizer."""
 MODELS_VARIABLE = "MEND_MODELS"
 
 
@@ -253,13 +255,19 @@ def fill_network(arguments: argparse.Namespace, method: str, flag: str) -> FillN
 def local_host(arguments: argparse.Namespace) -> LocalHost:
     import torch
 
+    from ..comfy_workspace import find_workspace
     from ..engine.host import LocalHost, default_device
 
     roots = model_roots(arguments)
+    workspace = find_workspace()
+    tokenizers = workspace.path / "comfy" / "text_encoders" if workspace else None
     return LocalHost(
         device=_device(arguments.device) if arguments.device else default_device(),
         weights_dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
-        folders={kind: [subfolder(root, kind) for root in roots] for kind in KINDS},
+        folders={
+            **{kind: [subfolder(root, kind) for root in roots] for kind in KINDS},
+            **{kind: [tokenizers / kind] for kind in TOKENIZERS if tokenizers},
+        },
         show_progress=sys.stderr.isatty() and not arguments.quiet,
     )
 

@@ -25,9 +25,9 @@ examples:
   MEND_MODELS=/data/models mend models
   mend models convert big-lama.pt      # writes big-lama.safetensors beside it; runs nothing that is in the file
 
-Models are diffusers folders and single .safetensors files of Stable Diffusion 1, 2, XL. They are looked for in
---models-dir, in the folders of MEND_MODELS, in ComfyUI's models folder (COMFYUI_PATH, else comfy-cli's workspace), and
-in ./models; in a folder that has checkpoints/ or diffusers/ inside, only there."""
+Models are diffusers folders and .safetensors files of Stable Diffusion 1, 2, XL and 3, FLUX and Qwen-Image. They are
+looked for in --models-dir, in the folders of MEND_MODELS, in ComfyUI's models folder (COMFYUI_PATH, else comfy-cli's
+workspace), and in ./models; in a folder that has checkpoints/ or diffusers/ inside, only there."""
 
 
 def add(commands: Commands) -> None:

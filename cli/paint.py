@@ -346,7 +346,11 @@ def add_diffusion(parser: argparse.ArgumentParser, resizable: bool = True) -> No
         "--config", type=Path, metavar="DIR", help="a diffusers folder whose configs replace the model's"
     )
     model.add_argument("--prediction-type", **which(("epsilon", "v_prediction"), "what the model predicts"))
-    model.add_argument("--family", metavar="NAME", help="what the model is, where its file misleads: sd1, sdxl, ...")
+    model.add_argument(
+        "--family",
+        metavar="NAME",
+        help="what the model is, where its file misleads: sdxl, qwen-image-edit, qwen-image-edit-plus (2509 on), ...",
+    )
     model.add_argument("--vae", type=Path, metavar="PATH", help="a file or folder in place of the model's VAE")
     model.add_argument(
         "--text-encoder",

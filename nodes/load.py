@@ -17,9 +17,11 @@ from ..engine.models.families import FAMILIES, supported
 from ..engine.models.family import MAX_CLIP_SKIP, LoadOptions, SizeConditioning
 from ..engine.models.load import CONFIG_SUFFIX, available_models, find_files, load_model
 from ..engine.models.lora import Lora
+from ..engine.models.qwen_image import QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
 from ..engine.types import InputError, ModelFileError
 from .comfy_host import ComfyHost, MendModel
 from .convert import ModelType
+from .text import show
 
 log = logging.getLogger("mend")
 
@@ -140,6 +142,9 @@ class MendLoadModel(io.ComfyNode):
                 "diffusers",
                 "stable diffusion",
                 "sdxl",
+                "sd3",
+                "flux",
+                "qwen image",
                 "inpainting model",
                 "loader",
                 "safetensors",
@@ -223,7 +228,12 @@ class MendLoadModel(io.ComfyNode):
                     "family",
                     options=[AUTO, *FAMILIES],
                     default=AUTO,
-                    tooltip="What the model is. auto reads it from the file; set it where that fails.",
+                    tooltip=(
+                        "What the model is. auto reads it from the file; set it where that fails. A file of"
+                        f" Qwen-Image-Edit looks like one of Qwen-Image: set {QWEN_IMAGE_EDIT.name} for the first of"
+                        f" them and {QWEN_IMAGE_EDIT_PLUS.name} for 2509 and later, or the model does not see the"
+                        " picture with the prompt. Folders, and ComfyUI's files from 2511 on, say so themselves."
+                    ),
                     optional=True,
                     advanced=True,
                 ),
@@ -254,7 +264,8 @@ class MendLoadModel(io.ComfyNode):
         path = available_models(ComfyHost()).get(model)
         if path is None:
             raise ModelFileError(f"{model} is not there any more: choose another model, or {FOLDERS_HINT}.")
-        return io.NodeOutput(load_shared(path, Choices.of(inputs)))
+        loaded = load_shared(path, Choices.of(inputs))
+        return io.NodeOutput(loaded, ui=show(loaded.notices))
 
 
 class MendDownloadModel(io.ComfyNode):
@@ -342,10 +353,12 @@ class MendDownloadModel(io.ComfyNode):
             folder=folder.strip() or None,
             safety_checker=safety_checker,
         )
-        for notice in pulled.notices:
+        loaded = load_shared(pulled.path)
+        notices = (*pulled.notices, *loaded.notices)
+        for notice in notices:
             log.warning("Mend: %s", notice)
-        text = "\n".join((*pulled.notices, f"{pulled.path.name} is in {pulled.path.parent}."))
-        return io.NodeOutput(load_shared(pulled.path), pulled.path.name, ui=ui.PreviewText(text))
+        text = "\n".join((*notices, f"{pulled.path.name} is in {pulled.path.parent}."))
+        return io.NodeOutput(loaded, pulled.path.name, ui=ui.PreviewText(text))
 
 
 NODES = [MendLoadModel, MendDownloadModel]

@@ -18,6 +18,7 @@ from comfyui_mend.engine.files import MaskChannel, read_bits, read_image, read_m
 from comfyui_mend.engine.fill import NETWORKS, FillMethod
 from comfyui_mend.engine.host import LocalHost
 from comfyui_mend.engine.inpaint import inpaint
+from comfyui_mend.engine.models import qwen_text, t5
 from comfyui_mend.engine.models.detect import SHIPPED
 from comfyui_mend.engine.models.family import SizeConditioning
 from comfyui_mend.engine.models.load import load_model
@@ -30,6 +31,8 @@ from conftest import ROOT
 from PIL import Image
 from skimage import data
 from tiny import save_tiny_model
+from tiny_qwen import tiny_qwen_image_edit, write_qwen_tokenizer
+from tiny_qwen_files import save_folder, save_split
 
 
 @pytest.fixture(scope="module")
@@ -408,6 +411,73 @@ def test_a_wrong_model_name_lists_the_right_ones(mend):
     assert code == 1 and '"tinny"' in err and "tiny-inpaint" in err
 
 
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """Folders of Qwen-Image models, split files of one, and a ComfyUI that has the tokenizer they lack."""
+    root = tmp_path_factory.mktemp("qwen")
+    write_qwen_tokenizer(root / "ComfyUI" / "comfy" / "text_encoders" / "qwen25_tokenizer")
+    for marker in ("main.py", "nodes.py", "comfy_extras"):
+        (root / "ComfyUI" / marker).touch()
+    folders, edit = root / "models" / "diffusers", tiny_qwen_image_edit(root / "tokenizer")
+    save_folder(edit, folders / "shown", "QwenImageEditPipeline")
+    save_folder(edit, folders / "my-edit", "QwenImagePipeline")
+    save_split(edit, root / "models", "qwen_image_edit_2509")
+    return root
+
+
+@pytest.fixture
+def qwen_paint(mend, qwen):
+    def run(name, model, *flags):
+        command = ("inpaint", "coffee.png", "mask.png", "-p", "a cup of tea", "-o", name, "--seed", 1, "--crop", "off")
+        return mend(*command, "--models-dir", qwen / "models", "--model", model, *flags, *FAST)
+
+    return run
+
+
+def test_qwen_image_edit_paints_inside_the_mask_and_nowhere_else(qwen_paint):
+    code, out, err = qwen_paint("tea.png", "shown")
+    assert (code, err) == (0, "") and out.startswith("tea.png")
+    assert outside("tea.png") == 0
+    assert (read_image("tea.png") - read_image("coffee.png")).abs().max() > 0.05
+
+
+def test_an_editing_model_that_is_not_shown_the_picture_is_noted(qwen_paint):
+    code, _, err = qwen_paint("blind.png", "my-edit")
+    assert code == 0 and "mend: note: my-edit is used as Qwen-Image, which is not shown the picture" in err
+    code, _, err = qwen_paint("told.png", "my-edit", "--family", "qwen-image-edit")
+    assert (code, err) == (0, "")
+    qwen_paint("shown.png", "shown")
+    assert torch.equal(read_image("told.png"), read_image("shown.png"))
+    assert not torch.equal(read_image("told.png"), read_image("blind.png"))
+    assert read_parameters("told.png")["family"] == "qwen-image-edit"
+
+
+def test_split_files_have_their_tokenizer_from_comfyui(qwen_paint, qwen, monkeypatch):
+    models = qwen / "models"
+    parts = ("--text-encoder", models / "text_encoders" / "qwen_image_edit_2509_vl.safetensors")
+    parts += ("--vae", models / "vae" / "qwen_image_edit_2509_vae.safetensors", "--family", "qwen-image-edit")
+    file = models / "diffusion_models" / "qwen_image_edit_2509.safetensors"
+    code, _, err = qwen_paint("split.png", file, *parts)
+    assert code == 1 and "has no tokenizer for Qwen2.5" in err and "named qwen_image_edit_2509-config" in err
+    monkeypatch.setenv("COMFYUI_PATH", str(qwen / "ComfyUI"))
+    code, _, err = qwen_paint("split.png", file, *parts)
+    assert (code, err) == (0, "")
+    qwen_paint("shown.png", "shown")
+    assert torch.equal(read_image("split.png"), read_image("shown.png"))
+
+
+def test_parts_of_another_family_are_refused_in_a_sentence(qwen_paint, qwen, models):
+    vae = qwen / "models" / "vae" / "qwen_image_edit_2509_vae.safetensors"
+    code, _, err = qwen_paint("x.png", models / "diffusers" / "tiny-inpaint", "--vae", vae)
+    assert code == 1 and "is a VAE of films of 16 channels where Stable Diffusion 1.x has a VAE of 4 channels" in err
+    text = qwen / "models" / "text_encoders" / "qwen_image_edit_2509_vl.safetensors"
+    code, _, err = qwen_paint("x.png", models / "diffusers" / "tiny-inpaint", "--text-encoder", text)
+    assert code == 1 and "is a Qwen2.5-VL text encoder of width 32, which Stable Diffusion 1.x does not read" in err
+    code, _, err = qwen_paint("x.png", "shown", "--family", "qwen")
+    assert code == 1 and "choose from sd1, sd2, sdxl, flux, sd3, qwen-image, qwen-image-edit" in err
+    assert not Path("x.png").exists()
+
+
 # --- mistakes
 
 
@@ -594,6 +664,7 @@ def test_the_choices_spelled_out_are_the_engines():
     ]:
         assert spelled == tuple(choice.value for choice in real)
     assert tuple(SCHEDULERS) == paint.SCHEDULERS
+    assert common.TOKENIZERS == (t5.TOKENIZER_FOLDERS, qwen_text.TOKENIZER_FOLDERS)
     assert outpaint.SIDES == SIDES
     assert subcommands()["outpaint"].get_default("overlap") == GrowthOptions().overlap
 
