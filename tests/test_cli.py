@@ -31,7 +31,7 @@ from conftest import ROOT
 from PIL import Image
 from skimage import data
 from tiny import save_tiny_model
-from tiny_qwen import tiny_qwen_image_edit, write_qwen_tokenizer
+from tiny_qwen import tiny_qwen_image, write_qwen_tokenizer
 from tiny_qwen_files import save_folder, save_split
 
 
@@ -418,10 +418,10 @@ def qwen(tmp_path_factory):
     write_qwen_tokenizer(root / "ComfyUI" / "comfy" / "text_encoders" / "qwen25_tokenizer")
     for marker in ("main.py", "nodes.py", "comfy_extras"):
         (root / "ComfyUI" / marker).touch()
-    folders, edit = root / "models" / "diffusers", tiny_qwen_image_edit(root / "tokenizer")
-    save_folder(edit, folders / "shown", "QwenImageEditPipeline")
-    save_folder(edit, folders / "my-edit", "QwenImagePipeline")
-    save_split(edit, root / "models", "qwen_image_edit_2509")
+    folders, pipeline = root / "models" / "diffusers", tiny_qwen_image(root / "tokenizer")
+    save_folder(pipeline, folders / "shown", "QwenImageEditPipeline")
+    save_folder(pipeline, folders / "my-edit", "QwenImagePipeline")
+    save_split(pipeline, root / "models", "qwen_image_edit_2509")
     return root
 
 
