@@ -349,7 +349,7 @@ def add_diffusion(parser: argparse.ArgumentParser, resizable: bool = True) -> No
     model.add_argument(
         "--family",
         metavar="NAME",
-        help="what the model is, where its file misleads: sdxl, qwen-image-edit, qwen-image-edit-plus (2509 on), ...",
+        help="what the model is, where its file misleads: sd1, sdxl, qwen-image-edit, ...",
     )
     model.add_argument("--vae", type=Path, metavar="PATH", help="a file or folder in place of the model's VAE")
     model.add_argument(

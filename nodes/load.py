@@ -17,7 +17,6 @@ from ..engine.models.families import FAMILIES, supported
 from ..engine.models.family import MAX_CLIP_SKIP, LoadOptions, SizeConditioning
 from ..engine.models.load import CONFIG_SUFFIX, available_models, find_files, load_model
 from ..engine.models.lora import Lora
-from ..engine.models.qwen_image import QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
 from ..engine.types import InputError, ModelFileError
 from .comfy_host import ComfyHost, MendModel
 from .convert import ModelType
@@ -230,9 +229,9 @@ class MendLoadModel(io.ComfyNode):
                     default=AUTO,
                     tooltip=(
                         "What the model is. auto reads it from the file; set it where that fails. A file of"
-                        f" Qwen-Image-Edit looks like one of Qwen-Image: set {QWEN_IMAGE_EDIT.name} for the first of"
-                        f" them and {QWEN_IMAGE_EDIT_PLUS.name} for 2509 and later, or the model does not see the"
-                        " picture with the prompt. Folders, and ComfyUI's files from 2511 on, say so themselves."
+                        " Qwen-Image-Edit looks like one of Qwen-Image, which does not see the picture with the prompt:"
+                        " choose it by its number, that without one for the first. Folders, and ComfyUI's files of 2511"
+                        " and later, say so themselves."
                     ),
                     optional=True,
                     advanced=True,
