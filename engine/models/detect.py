@@ -29,6 +29,7 @@ STILL_MARK = "__index_timestep_zero__"
 of noise."""
 WAN_VAE = "AutoencoderKLQwenImage"
 """diffusers' class of Wan's and Qwen-Image's VAE."""
+WAN_CHANNELS = 16
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 """Of a checkpoint, of some split files, and of a file of the network alone."""
@@ -204,7 +205,7 @@ def _vae(header: Header) -> Found | None:
             return Found(
                 name=header.path.name,
                 kind=Kind.VAE,
-                what="a VAE of Wan or Qwen-Image" if vae_class == WAN_VAE else "a VAE alone",
+                what=_vae_what(vae_class, channels),
                 way_out="choose a model, and this beside it as its VAE",
                 header=header,
                 prefix=prefix,
@@ -212,6 +213,12 @@ def _vae(header: Header) -> Found | None:
                 vae_class=vae_class,
             )
     return None
+
+
+def _vae_what(vae_class: str, channels: int) -> str:
+    if vae_class != WAN_VAE:
+        return "a VAE alone"
+    return "a VAE of Wan or Qwen-Image" if channels == WAN_CHANNELS else "a VAE of films"
 
 
 def vae_of(keys: Keys) -> tuple[str, int]:
@@ -444,7 +451,7 @@ def _qwen_image(keys: Keys) -> Denoiser | None:
     if keys.has("time_text_embed.addition_t_embedding.weight"):
         return Denoiser("qwen-image", "a Qwen-Image-Layered model", "layered", native=True)
     if keys.has(STILL_MARK):
-        return Denoiser("qwen-image-edit-plus", "a Qwen-Image-Edit model", "still", native=True)
+        return Denoiser("qwen-image-edit-2511", "a Qwen-Image-Edit model", "still", native=True)
     return Denoiser("qwen-image", "a Qwen-Image model", native=True)
 
 
@@ -553,8 +560,10 @@ def _configured_qwen_image(config: Mapping[str, Any], pipeline: str) -> Denoiser
     if config.get("use_layer3d_rope") or config.get("use_additional_t_cond"):
         return Denoiser("qwen-image", "a Qwen-Image-Layered model", "layered", native=True)
     variant = "still" if config.get("zero_cond_t") else ""
-    if pipeline.startswith("QwenImageEditPlus") or variant:
-        return Denoiser("qwen-image-edit-plus", "a Qwen-Image-Edit model", variant, native=True)
+    if variant:
+        return Denoiser("qwen-image-edit-2511", "a Qwen-Image-Edit model", variant, native=True)
+    if pipeline.startswith("QwenImageEditPlus"):
+        return Denoiser("qwen-image-edit-2509", "a Qwen-Image-Edit model", native=True)
     if pipeline.startswith("QwenImageEdit"):
         return Denoiser("qwen-image-edit", "a Qwen-Image-Edit model", native=True)
     return Denoiser("qwen-image", "a Qwen-Image model", native=True)

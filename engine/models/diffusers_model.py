@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..control import Influence, controlled, influences
 from ..host import Host, ManagedModule
-from ..memory import MIB, Form, Forms, halved, slice_attention
+from ..memory import MIB, Form, Forms, halved, is_out_of_memory, slice_attention
 from ..prompts import LAST_LAYER, EmbeddingFinder, TextLayer, encode_prompts
 from ..schedulers import Level
-from ..types import Size
+from ..types import MendError, Size
 from .protocol import Canvas, Conditioning, Denoiser, Guidance, ModelFacts, Posterior, PromptSyntax
 from .tiled_vae import TiledVae
 
@@ -28,6 +28,8 @@ VAE_DECODE_BYTES = 2178
 VAE_CHANNELS = 128 + 256
 BAND_BYTES = (256 * MIB, 64 * MIB, 16 * MIB)
 """Activations of a band, where the VAE runs in bands."""
+REMEMBERED_BYTES = 256 * MIB
+"""Of prompts' states; those of the last call are kept, however many."""
 RESERVE = 300 * MIB
 """Left alone when a batch is sized: kernels' workspaces and the allocator's slack."""
 
@@ -48,6 +50,10 @@ class Embedding:
         """What stands for no prompt at all."""
         return Embedding(torch.zeros_like(self.tokens), None if self.pooled is None else torch.zeros_like(self.pooled))
 
+    @property
+    def bytes(self) -> int:
+        return self.tokens.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
     def of(self, rows: slice) -> Embedding:
         """That of some pictures of the batch."""
         if len(self.tokens) == 1:
@@ -64,7 +70,6 @@ class DiffusersModel(ABC):
 
     notices: tuple[str, ...] = ()
     """What should be known of how it was loaded."""
-    remembered_prompts: ClassVar[int] = 16
     denoiser_bytes: ClassVar[float] = 1.5 * 65 * MIB / (512 * 512 * 2)
     """Activations of the denoiser per sample, pixel and byte of precision: 1.5 times the tensors alive at once; here
     Stable Diffusion's."""
@@ -93,21 +98,36 @@ class DiffusersModel(ABC):
     def encode_prompt(
         self, prompts: Sequence[str | None], syntax: PromptSyntax, pictures: Tensor | None = None
     ) -> list[Embedding]:
-        """See InpaintModel. Recent prompts are remembered, so that a new seed does not reload the text encoder."""
+        """See InpaintModel. Recent prompts are remembered, so that a new seed does not reload the text encoder.
+
+        Raises MendError where memory is too short for the text encoder.
+        """
         embeddings = self._remembered([prompt or "" for prompt in prompts], syntax)
         return [e.zeros() if prompt is None else e for prompt, e in zip(prompts, embeddings, strict=True)]
 
     def _remembered(self, prompts: Sequence[Hashable], syntax: PromptSyntax) -> list[Embedding]:
-        unknown = [p for p in dict.fromkeys(prompts) if (p, syntax) not in self._prompts]
-        fresh = dict(zip(unknown, self._encode(unknown, syntax), strict=True)) if unknown else {}
-        result = [fresh[p] if p in fresh else self._prompts[p, syntax] for p in prompts]
-        for prompt, embedding in fresh.items():
-            # a textual-inversion file may change between runs
-            if not (isinstance(prompt, str) and "embedding:" in prompt):
-                self._prompts[prompt, syntax] = embedding
-        while len(self._prompts) > self.remembered_prompts:
+        wanted = list(dict.fromkeys(prompts))
+        known = {p: self._prompts.pop((p, syntax)) for p in wanted if (p, syntax) in self._prompts}
+        unknown = [p for p in wanted if p not in known]
+        known |= dict(zip(unknown, self._read(unknown, syntax), strict=True))
+        room = REMEMBERED_BYTES - sum(embedding.bytes for embedding in known.values())
+        while self._prompts and sum(embedding.bytes for embedding in self._prompts.values()) > room:
             self._prompts.popitem(last=False)
-        return result
+        # a textual-inversion file may change between runs
+        lasting = (p for p in wanted if not (isinstance(p, str) and "embedding:" in p))
+        self._prompts.update(((p, syntax), known[p]) for p in lasting)
+        return [known[p] for p in prompts]
+
+    def _read(self, prompts: Sequence[Hashable], syntax: PromptSyntax) -> list[Embedding]:
+        try:
+            return self._encode(prompts, syntax) if prompts else []
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MendError(
+                f"There is not enough memory to read the prompt with {self.facts.name}: load the model in a smaller"
+                " precision, or close what else uses the memory."
+            ) from error
 
     def encode_image(self, pixels: Tensor) -> Posterior:
         def encode(part: Tensor, bands: TiledVae | None) -> Tensor:

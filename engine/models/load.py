@@ -182,6 +182,7 @@ def find_parts(
     found = recognise(path)
     if found.kind is not Kind.MODEL or found.quantised:
         raise _refusal(found)
+    _check_choice(found, family)
     config = config or _config_beside(path)
     chosen = check_folder(config, family) if config else _family_of(found, family)
     chosen.check_prediction_type(prediction_type)
@@ -193,6 +194,7 @@ def find_parts(
 def check_folder(folder: Path, family: str | None = None) -> Family:
     """The family of a diffusers folder, by its configs; raises ModelFileError unless it can be loaded."""
     found = recognise_folder(folder)
+    _check_choice(found, family)
     chosen = FAMILIES.get(family or found.family)
     if chosen is None or chosen.choose_config(found, None) is None:
         raise _refusal(found)
@@ -207,6 +209,13 @@ def check_folder(folder: Path, family: str | None = None) -> Family:
             raise ModelFileError(f"{folder.name} has a {part.name} of type {kind}; supported is {part.kind}.")
     _scheduler_config(folder)
     return chosen
+
+
+def _check_choice(found: Found, family: str | None) -> None:
+    """Raises ModelFileError for a user's choice of family whose networks are of another kind than the model's."""
+    own = FAMILIES.get(found.family)
+    if family is not None and own is not None and own.denoiser.kind != FAMILIES[family].denoiser.kind:
+        raise ModelFileError(f"{found.name} is {found.what}, and its family is set to {family}: set that to auto.")
 
 
 MODEL_KINDS = ("checkpoints", "diffusion_models")
@@ -314,6 +323,8 @@ def _text_encoder_files(model: Model, configs: Mapping[str, Config], paths: Sequ
     """Each file for the text encoder of the model whose architecture, width and, between equals, depth it has."""
     taken: dict[Part, PartFile] = {}
     for path in paths:
+        if path.is_dir():
+            raise ModelFileError(f"{path.name} is a folder, where a text encoder's file belongs: name the file in it.")
         found = recognise(path)
         encoder = found.text_encoder
         if encoder is None or found.quantised:

@@ -42,8 +42,31 @@ from .qwen_text import (
 )
 
 NATIVE_SIZE = 1024
-GLANCE = 384
-"""The side of a square of as many pixels as the language model of the later editing models is shown."""
+SHORTEST = 1e-12
+"""A token that guidance left nothing of stays nothing."""
+
+
+@dataclass(frozen=True)
+class Glance:
+    """How the language model is shown a picture."""
+
+    side: int
+    """Of a square of as many pixels."""
+    enlarges: bool
+    """Whether smaller pictures are brought to that size, too."""
+
+    def at(self, picture: Picture) -> Picture:
+        scale = self.side / math.sqrt(picture.width * picture.height)
+        if scale >= 1 and not self.enlarges:
+            return picture
+        width, height = (max(round(side * scale / 32), 1) * 32 for side in (picture.width, picture.height))
+        return Picture.from_image(picture.image.resize((width, height), Image.Resampling.LANCZOS))
+
+
+CLOSE_LOOK = Glance(NATIVE_SIZE, enlarges=False)
+"""Of the first editing model, which was shown what it was to paint."""
+GLANCE = Glance(384, enlarges=True)
+"""Of those since."""
 
 
 class QwenImageModel(DiffusersModel):
@@ -56,8 +79,9 @@ class QwenImageModel(DiffusersModel):
     ) -> None:
         super().__init__(facts, denoiser=denoiser, vae=vae, host=host)
         self.reader = reader
-        # in diffusers before 0.37 the network is told how long the prompts are
-        self._wants_lengths = "txt_seq_lens" in inspect.signature(type(denoiser.module).forward).parameters
+        rope: Any = denoiser.module.pos_embed
+        # diffusers before 0.37 has to be told how long the prompts are
+        self._wants_lengths = "max_txt_seq_len" not in inspect.signature(type(rope).forward).parameters
 
     def _encode(self, prompts: Sequence[Any], syntax: PromptSyntax) -> list[Embedding]:
         return [Embedding(self.reader.read(prompt, syntax)) for prompt in prompts]
@@ -81,7 +105,6 @@ class QwenImageModel(DiffusersModel):
             hidden_states=torch.cat([pack(row) for row in rows], dim=1),
             timestep=(timestep / 1000).to(state).expand(count),
             encoder_hidden_states=tokens,
-            encoder_hidden_states_mask=tokens.new_ones(tokens.shape[:2]) if options else None,
             img_shapes=[[(1, height // PATCH, width // PATCH)] * len(rows)] * count,
             return_dict=False,
             **options,
@@ -90,7 +113,7 @@ class QwenImageModel(DiffusersModel):
 
     def _away(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
         guided = super()._away(unconditional, conditional, scale)
-        return guided * (token_norms(conditional) / token_norms(guided).clamp(min=torch.finfo(guided.dtype).tiny))
+        return guided * (token_norms(conditional) / token_norms(guided).clamp(min=SHORTEST))
 
 
 def token_norms(planes: Tensor) -> Tensor:
@@ -111,11 +134,8 @@ class QwenImageEditModel(QwenImageModel):
     """Qwen-Image-Edit, which is shown the canvas, and what is to be done with it."""
 
     denoiser_bytes = 1.5 * 785 * MIB / (1024 * 1024 * 2)
-    # with a picture's tokens each is 20 MB
-    remembered_prompts = 4
 
-    def __init__(self, *args: Any, glance: int | None, **parts: Any) -> None:
-        """``glance``: the side of a square of as many pixels as the language model is shown; None: the canvas."""
+    def __init__(self, *args: Any, glance: Glance, **parts: Any) -> None:
         super().__init__(*args, **parts)
         self.glance = glance
 
@@ -124,7 +144,7 @@ class QwenImageEditModel(QwenImageModel):
     ) -> list[Embedding]:
         """See InpaintModel; each prompt's states for every one of ``pictures``."""
         assert pictures is not None
-        seen = [self._at_a_glance(Picture.of(picture)) for picture in pictures]
+        seen = [self.glance.at(Picture.of(picture)) for picture in pictures]
         wanted = [Instruction(prompt or "", picture) for prompt in prompts for picture in seen]
         states = self._remembered(wanted, syntax)
         embeddings = []
@@ -133,13 +153,6 @@ class QwenImageEditModel(QwenImageModel):
             embedding = Embedding(torch.cat([row.tokens for row in rows]) if len(set(seen)) > 1 else rows[0].tokens)
             embeddings.append(embedding.zeros() if prompt is None else embedding)
         return embeddings
-
-    def _at_a_glance(self, picture: Picture) -> Picture:
-        if self.glance is None:
-            return picture
-        scale = self.glance / math.sqrt(picture.width * picture.height)
-        width, height = (max(round(side * scale / 32), 1) * 32 for side in (picture.width, picture.height))
-        return Picture.from_image(picture.image.resize((width, height), Image.Resampling.LANCZOS))
 
     def _encode(self, prompts: Sequence[Any], syntax: PromptSyntax) -> list[Embedding]:
         return [Embedding(self.reader.read_with(prompt.text, prompt.picture, syntax)) for prompt in prompts]
@@ -169,7 +182,13 @@ def build_transformer(config: Config) -> nn.Module:
 
 
 def read_transformer(state: State, config: Config) -> dict[str, Tensor]:
-    """diffusers' names, which all files have."""
+    """diffusers' names, which all files have. Raises ModelFileError for a file that is marked as of another network
+    than the config's."""
+    if STILL_MARK in state and not config.get("zero_cond_t"):
+        raise ModelFileError(
+            "The file is of Qwen-Image-Edit 2511 or later and the configs beside it are of an earlier model"
+            " (transformer/config.json lacks zero_cond_t): put those of Qwen-Image-Edit-2511 there, or none."
+        )
     return {key: tensor for key, tensor in state.items() if key != STILL_MARK}
 
 
@@ -198,20 +217,26 @@ def make(components: Components) -> DiffusersModel:
     if "edit" in components.name.lower():
         model.notices = (
             f"{components.name} is used as Qwen-Image, which is not shown the picture with the prompt; if it is an"
-            f" editing model, set its family to {QWEN_IMAGE_EDIT.name}, or {QWEN_IMAGE_EDIT_PLUS.name} for 2509 and"
-            " later.",
+            f" editing model, set its family to {QWEN_IMAGE_EDIT.name}, {QWEN_IMAGE_EDIT_2509.name} or"
+            f" {QWEN_IMAGE_EDIT_2511.name}.",
         )
     return model
 
 
 def make_edit(components: Components) -> DiffusersModel:
     parts = _parts(components, Chat(CHANGE, PICTURE))
-    return QwenImageEditModel(qwen_image_facts(components, reads_picture=True), glance=None, **parts)
+    return QwenImageEditModel(qwen_image_facts(components, reads_picture=True), glance=CLOSE_LOOK, **parts)
 
 
-def make_edit_plus(components: Components) -> DiffusersModel:
+def make_later_edit(components: Components) -> DiffusersModel:
     parts = _parts(components, Chat(CHANGE, f"Picture 1: {PICTURE}"))
-    return QwenImageEditModel(qwen_image_facts(components, reads_picture=True), glance=GLANCE, **parts)
+    model = QwenImageEditModel(qwen_image_facts(components, reads_picture=True), glance=GLANCE, **parts)
+    if "2511" in components.name and not components.configs["transformer"].get("zero_cond_t"):
+        model.notices = (
+            f"{components.name} is used as Qwen-Image-Edit 2509, which takes the picture for as noisy as what it"
+            f" paints; if it is of 2511, set its family to {QWEN_IMAGE_EDIT_2511.name}.",
+        )
+    return model
 
 
 def _parts(components: Components, chat: Chat) -> dict[str, Any]:
@@ -225,7 +250,12 @@ def _parts(components: Components, chat: Chat) -> dict[str, Any]:
 
 
 def choose_config(found: Found, _: str | None) -> str | None:
+    """By the mark of 2511, whatever family the user has set."""
     return {"": "qwen-image", "still": "qwen-image-edit-2511"}.get(found.variant)
+
+
+def choose_2511(found: Found, _: str | None) -> str | None:
+    return None if choose_config(found, _) is None else "qwen-image-edit-2511"
 
 
 TRANSFORMER = Part(
@@ -247,6 +277,9 @@ QWEN_IMAGE = Family(
 )
 _EDIT_PARTS = (TRANSFORMER, wan_vae.WAN_VAE, VISION_LANGUAGE_MODEL)
 QWEN_IMAGE_EDIT = Family("qwen-image-edit", "Qwen-Image-Edit", _EDIT_PARTS, choose_config, make_edit, _PREDICTIONS)
-QWEN_IMAGE_EDIT_PLUS = Family(
-    "qwen-image-edit-plus", "Qwen-Image-Edit 2509 and 2511", _EDIT_PARTS, choose_config, make_edit_plus, _PREDICTIONS
+QWEN_IMAGE_EDIT_2509 = Family(
+    "qwen-image-edit-2509", "Qwen-Image-Edit 2509", _EDIT_PARTS, choose_config, make_later_edit, _PREDICTIONS
+)
+QWEN_IMAGE_EDIT_2511 = Family(
+    "qwen-image-edit-2511", "Qwen-Image-Edit 2511", _EDIT_PARTS, choose_2511, make_later_edit, _PREDICTIONS
 )

@@ -87,7 +87,12 @@ def build_vision_language_model(config: Config) -> nn.Module:
 def _full_config(config: Config) -> Any:
     from transformers import Qwen2_5_VLConfig
 
-    return Qwen2_5_VLConfig.from_dict(dict(config))
+    text = dict(config.get("text_config") or {})
+    rope = text.get("rope_parameters")
+    # what transformers 5 saves, transformers 4 knows by its old names
+    if rope and not hasattr(Qwen2_5_VLConfig().text_config, "rope_parameters"):
+        text |= {"rope_scaling": rope, "rope_theta": rope["rope_theta"]}
+    return Qwen2_5_VLConfig.from_dict({**config, **({"text_config": text} if text else {})})
 
 
 def _make_frequencies(module: nn.Module, config: Any) -> None:
@@ -167,10 +172,12 @@ def qwen_tokenizer(components: Components) -> Any:
 
 def load_qwen_tokenizer(folder: Path) -> Any:
     """The tokenizer in ``folder``; raises ModelFileError where it cannot be read or knows no chats."""
-    from transformers import Qwen2Tokenizer
+    import transformers
 
+    # transformers 4 reads a tokenizer.json with this one alone
+    tokenizer_class: Any = getattr(transformers, "Qwen2TokenizerFast", None) or transformers.Qwen2Tokenizer
     try:
-        tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = tokenizer_class.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers package raises nothing narrower
         raise ModelFileError(
             f"{folder.parent.name} has a tokenizer of Qwen2.5 that cannot be read ({error}): download it again."
@@ -282,7 +289,10 @@ def pipelines_count_through() -> bool:
         return False
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 
-    return "mm_token_type_ids" not in inspect.getsource(pipeline_qwenimage_edit)
+    try:
+        return "mm_token_type_ids" not in inspect.getsource(pipeline_qwenimage_edit)
+    except OSError:  # installed without sources; every release up to 0.42.1 does
+        return True
 
 
 @dataclass(frozen=True)

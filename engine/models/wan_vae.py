@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..host import Role
+from ..types import ModelFileError
 from . import ldm
 from .bands import Bands
 from .family import Config, Part, State
@@ -28,8 +29,11 @@ _RESNET = {
 
 
 def build_wan_vae(config: Config) -> nn.Module:
+    """Raises ModelFileError for what cannot be run."""
     from diffusers import AutoencoderKLQwenImage
 
+    if config.get("attn_scales"):
+        raise ModelFileError("The VAE has attention between its levels, which no published one has: choose another.")
     module: nn.Module = AutoencoderKLQwenImage.from_config(dict(config))
     return module
 

@@ -142,7 +142,7 @@ MODELS = [
     (sd3(38, **NORMED), "sd3", "3.5-large", "a Stable Diffusion 3.5 Large model"),
     (sd3(24, 33), "sd3", "other", "a Stable Diffusion 3 model with 33 input channels"),
     (QWEN, "qwen-image", "", "a Qwen-Image model"),
-    ({**QWEN, "__index_timestep_zero__": (0,)}, "qwen-image-edit-plus", "still", "a Qwen-Image-Edit model"),
+    ({**QWEN, "__index_timestep_zero__": (0,)}, "qwen-image-edit-2511", "still", "a Qwen-Image-Edit model"),
     (
         {**QWEN, "time_text_embed.addition_t_embedding.weight": (2, 3072)},
         "qwen-image",
