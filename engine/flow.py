@@ -1,4 +1,4 @@
-"""Schedules of flow-matching models (FLUX, Stable Diffusion 3): a state is (1 - sigma) * clean + sigma * gaussian.
+"""Schedules of flow-matching models (FLUX, SD3, Qwen-Image): a state is (1 - sigma) * clean + sigma * gaussian.
 
 The noise levels are those of diffusers' FlowMatchEulerDiscreteScheduler: evenly spaced and shifted towards the noisy
 end, for some models the more the larger the picture (Esser et al. 2024, arXiv 2403.03206).
@@ -71,7 +71,7 @@ def plan_flow(
     """
     if name not in FLOW_SCHEDULERS:
         raise InputError(
-            f"{name} cannot follow a flow-matching model such as FLUX or Stable Diffusion 3; choose one of"
+            f"{name} cannot follow a flow-matching model such as FLUX, Stable Diffusion 3 or Qwen-Image; choose one of"
             f" {', '.join(FLOW_SCHEDULERS)}."
         )
     check_range("steps", steps, 1, MAX_STEPS)

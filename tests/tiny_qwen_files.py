@@ -25,26 +25,36 @@ def save_folder(pipeline, folder, name):
     return folder
 
 
+def published_language_model(**options):
+    """A tiny one that has a row for each of Qwen2.5's tokens."""
+    model = tiny_language_model(vocab_size=VOCABULARY, **options)
+    model.config.image_token_id, model.config.vision_start_token_id = PICTURE_TOKEN, PICTURE_TOKEN - 3
+    return model
+
+
 def with_published_vocabulary(pipeline):
-    """The pipeline with a language model that has a row for each of Qwen2.5's tokens."""
-    pipeline.text_encoder = tiny_language_model(vocab_size=VOCABULARY)
-    pipeline.text_encoder.config.image_token_id = PICTURE_TOKEN
-    pipeline.text_encoder.config.vision_start_token_id = PICTURE_TOKEN - 3
+    """The pipeline with such a language model."""
+    pipeline.text_encoder = published_language_model()
     return pipeline
+
+
+def comfy_names(text_encoder):
+    """Its weights as ComfyUI's files name them."""
+    return {
+        key.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor
+        for key, tensor in text_encoder.state_dict().items()
+        if not key.startswith("lm_head.")
+    }
 
 
 def split_states(pipeline):
     """(denoiser, text encoder, VAE) under the names that ComfyUI's files have."""
-    text = {}
-    for key, tensor in pipeline.text_encoder.state_dict().items():
-        if not key.startswith("lm_head."):
-            text[key.replace("model.language_model.", "model.").replace("model.visual.", "visual.")] = tensor
     names = {new: old for old, new in wan_vae.wan_names(pipeline.vae.config).items()}
     vae = {}
     for key, tensor in pipeline.vae.state_dict().items():
         layer = max((name for name in names if key.startswith(f"{name}.")), key=len)
         vae[names[layer] + key[len(layer) :]] = tensor
-    return dict(pipeline.transformer.state_dict()), text, vae
+    return dict(pipeline.transformer.state_dict()), comfy_names(pipeline.text_encoder), vae
 
 
 def save_split(pipeline, models, name):

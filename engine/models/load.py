@@ -327,10 +327,15 @@ def _text_encoder_files(model: Model, configs: Mapping[str, Config], paths: Sequ
             raise ModelFileError(f"{path.name} is a folder, where a text encoder's file belongs: name the file in it.")
         found = recognise(path)
         encoder = found.text_encoder
-        if encoder is None or found.quantised:
+        if encoder is None:
             raise ModelFileError(
-                f"{path.name} is {found.what}{' with quantised weights' if found.quantised else ''}, where a text"
-                f" encoder in .safetensors belongs: choose one for {model.family.title}."
+                f"{path.name} is {found.what}, where a text encoder in .safetensors belongs: choose one for"
+                f" {model.family.title}."
+            )
+        if found.quantised:
+            raise ModelFileError(
+                f"{path.name} is a text encoder with quantised weights, which are not read here: choose it in bf16 or"
+                " fp16, or load all with ComfyUI's own nodes and connect that to Wrap Model (Mend)."
             )
         fitting = [
             part
@@ -373,7 +378,10 @@ def _vae_file(model: Model, config: Config, path: Path, host: Host) -> PartFile:
         folder = path / "vae" if (path / "vae").is_dir() else path
         own = read_json(folder / "config.json")
         if own.get("_class_name", part.kind) != part.kind:
-            raise ModelFileError(f"{path.name} is a VAE of type {own['_class_name']}; supported is {part.kind}.")
+            raise ModelFileError(
+                f"{path.name} is a VAE of type {own['_class_name']} where {model.family.title} has {part.kind}: choose"
+                f" one that belongs to {model.name}."
+            )
         for key in ("latent_channels", "scaling_factor", "z_dim"):
             if own.get(key, config.get(key)) != config.get(key):
                 raise ModelFileError(

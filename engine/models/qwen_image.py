@@ -13,6 +13,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -177,8 +178,17 @@ def build_transformer(config: Config) -> nn.Module:
     with torch.device("cpu"):
         rope = module.pos_embed
         module.pos_embed = type(rope)(theta=rope.theta, axes_dim=rope.axes_dim, scale_rope=rope.scale_rope)
+    _forget_sizes(module.pos_embed)
     result: nn.Module = module
     return result
+
+
+def _forget_sizes(rope: Any) -> None:
+    """Without what diffusers remembers as long as the program runs: tables on the card for every size of a canvas."""
+    for name in ("_compute_video_freqs", "_get_device_freqs"):
+        remembering = getattr(type(rope), name, None)
+        if remembering is not None:
+            setattr(rope, name, MethodType(inspect.unwrap(remembering), rope))
 
 
 def read_transformer(state: State, config: Config) -> dict[str, Tensor]:

@@ -37,7 +37,8 @@ from comfyui_mend.nodes.comfy_host import ComfyHost  # noqa: E402
 from inside_native_families import FLOW_OPTIONS, HOST, Borrowed, run_both  # noqa: E402
 from native_tiny import native_qwen  # noqa: E402
 from tiny import photo_and_mask  # noqa: E402
-from tiny_qwen import make_qwen_model, tiny_language_model, tiny_qwen_image, tiny_qwen_image_edit  # noqa: E402
+from tiny_qwen import make_qwen_model, tiny_qwen_image, tiny_qwen_image_edit  # noqa: E402
+from tiny_qwen_files import comfy_names, published_language_model  # noqa: E402
 
 FOLDER = Path(tempfile.mkdtemp())
 # all that ComfyUI's Qwen2.5-VL lets one choose: its heads are 128 wide
@@ -113,12 +114,8 @@ def comfy_clip(text_encoder: Any) -> Any:
     with mock.patch.object(qwen_vl, seeing.__name__, eyes):  # ComfyUI has them in one size only
         target = ClipTarget(comfy_qwen.QwenImageTokenizer, comfy_qwen.te())
         clip = comfy.sd.CLIP(target=target, model_options={"qwen25_7b_model_config": LANGUAGE})
-    state = {
-        key.replace("model.language_model.", "model.").replace("model.visual.", "visual."): value
-        for key, value in text_encoder.state_dict().items()
-    }
-    missing, unexpected = clip.cond_stage_model.qwen25_7b.load_sd(state)
-    assert set(unexpected) <= {"lm_head.weight"}, unexpected
+    missing, unexpected = clip.cond_stage_model.qwen25_7b.load_sd(comfy_names(text_encoder))
+    assert not unexpected, unexpected
     assert not [key for key in missing if key not in ("logit_scale", "text_projection.weight")], missing
     return clip
 
@@ -135,22 +132,8 @@ def language_model() -> Any:
     """With the vocabulary of the published one, whose head's 128 places are cut as its own."""
     torch.manual_seed(3)
     rope = {"type": "mrope", "rope_type": "default", "mrope_section": [16, 24, 24]}
-    model = tiny_language_model(
-        **LANGUAGE,
-        width=256,
-        vision=SIGHT,
-        vocab_size=152064,
-        rope_theta=1000000.0,
-        rope_scaling=rope,
-        rms_norm_eps=1e-6,
-    )
-    for name, value in {
-        "image_token_id": 151655,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-    }.items():
-        setattr(model.config, name, value)
-    return model
+    options = {"rope_theta": 1000000.0, "rope_scaling": rope, "rms_norm_eps": 1e-6}
+    return published_language_model(**LANGUAGE, **options, width=256, vision=SIGHT)
 
 
 def relative(expected: torch.Tensor, found: torch.Tensor) -> float:

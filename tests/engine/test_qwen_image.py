@@ -27,7 +27,7 @@ from comfyui_mend.engine.models.weight_files import read_json
 from comfyui_mend.engine.types import Compat, Crop, InputError, MendError, ModelFileError
 from headers import write_header
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import as_pil, photo_and_mask, relative
 from tiny_flow import latents_and_images, tiny_t5, tiny_vae
 from tiny_qwen import (
@@ -38,6 +38,7 @@ from tiny_qwen import (
     tiny_qwen_image_edit,
     write_qwen_tokenizer,
 )
+from tiny_qwen_files import save_folder, split_states
 from tiny_single_file import save_configs
 
 STEPS, SCALE, SEED, PROMPT, NEGATIVE = 6, 4.0, 7, "a red cat on the mat", "dog"
@@ -411,6 +412,15 @@ def test_modules_made_without_values_have_the_frequencies_of_transformers(build,
         assert torch.allclose(buffer, expected[name], rtol=1e-6), name
 
 
+def test_the_networks_places_are_not_remembered_for_every_size(plain):
+    """Not on the card as long as the program runs, as diffusers remembers them."""
+    made = qwen_image.build_transformer(dict(plain.transformer.config)).pos_embed
+    sizes, device = [[(1, 6, 8)]], torch.device("cpu")
+    theirs, mine = (rope(sizes, max_txt_seq_len=5, device=device) for rope in (plain.transformer.pos_embed, made))
+    assert all(torch.equal(expected, found) for expected, found in zip(theirs, mine, strict=True))
+    assert made._compute_video_freqs(1, 6, 8) is not made._compute_video_freqs(1, 6, 8)
+
+
 def test_the_networks_places_are_made_anew(plain):
     config = dict(plain.transformer.config)
     state = dict(plain.transformer.state_dict())
@@ -424,15 +434,6 @@ def test_the_networks_places_are_made_anew(plain):
 
 def loads_the_same(pipeline, model, family=QWEN_IMAGE):
     return relative(ours(make_qwen_model(family, pipeline))[0], ours(model)[0]) <= LATENT_GATE
-
-
-def save_folder(pipeline, folder, name=None):
-    """As published; ``name`` is the pipeline's for the pictures the model was made to edit."""
-    with mock.patch.object(pipeline, "processor", None) if hasattr(pipeline, "processor") else nullcontext():
-        pipeline.save_pretrained(folder)
-    index = read_json(folder / "model_index.json")
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": name or index["_class_name"]}))
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -489,16 +490,11 @@ def test_a_later_model_asks_for_a_later_diffusers(still, monkeypatch):
         qwen_image.build_transformer(config)
 
 
-def text_keys(text_encoder, spelling):
+def text_keys(pipeline, spelling):
     """The names of a whole Qwen2.5-VL in transformers of today, in those of 4.51, and in ComfyUI's files."""
-    result = {}
-    for key, tensor in text_encoder.state_dict().items():
-        if spelling != "today":
-            key = key.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-        if spelling == "comfy" and key.startswith("lm_head."):
-            continue
-        result[key] = tensor.detach().clone()
-    return result
+    today, comfy = pipeline.text_encoder.state_dict(), split_states(pipeline)[1]
+    then = comfy | {"lm_head.weight": today["lm_head.weight"]}
+    return {"today": today, "then": then, "comfy": comfy}[spelling]
 
 
 @pytest.mark.parametrize("spelling", ["today", "then", "comfy"])
@@ -507,7 +503,7 @@ def test_every_spelling_of_the_language_model_is_read(variant, spelling, request
     pipeline = request.getfixturevalue(variant)
     (part,) = FAMILY[variant].text_encoders
     config = pipeline.text_encoder.config.to_dict()
-    read = part.read(text_keys(pipeline.text_encoder, spelling), config)
+    read = part.read(text_keys(pipeline, spelling), config)
     with torch.device("meta"):
         assert read.keys() == part.build(config).state_dict().keys()
     assert part.read(read, config).keys() == read.keys()
@@ -516,17 +512,13 @@ def test_every_spelling_of_the_language_model_is_read(variant, spelling, request
 def split_files(pipeline, folder, marked=False, prefix=""):
     """(denoiser, text encoder, VAE) as ComfyUI's users have them, and the configs of the tiny sizes."""
     folder.mkdir(exist_ok=True)
-    denoiser = {prefix + key: tensor.clone() for key, tensor in pipeline.transformer.state_dict().items()}
+    denoiser, text, vae = split_states(pipeline)
+    denoiser = {prefix + key: tensor for key, tensor in denoiser.items()}
     if marked:
         denoiser[f"{prefix}__index_timestep_zero__"] = torch.tensor([])
-    names = {new: old for old, new in wan_vae.wan_names(pipeline.vae.config).items()}
-    vae = {}
-    for key, tensor in pipeline.vae.state_dict().items():
-        layer = max((name for name in names if key.startswith(f"{name}.")), key=len)
-        vae[names[layer] + key[len(layer) :]] = tensor.clone()
-    parts = {"qwen_image": denoiser, "qwen_2.5_vl": text_keys(pipeline.text_encoder, "comfy"), "qwen_image_vae": vae}
+    parts = {"qwen_image": denoiser, "qwen_2.5_vl": text, "qwen_image_vae": vae}
     for name, state in parts.items():
-        save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / f"{name}.safetensors")
+        save_file({key: tensor.clone().contiguous() for key, tensor in state.items()}, folder / f"{name}.safetensors")
     beside = save_configs(folder / "qwen_image-config", pipeline, ("transformer", "vae", "text_encoder"))
     write_qwen_tokenizer(beside / "tokenizer")
     return [folder / f"{name}.safetensors" for name in parts]
@@ -545,8 +537,6 @@ def test_one_file_of_all_parts_loads(plain, tmp_path):
     denoiser, text, vae = split_files(plain, tmp_path)
     whole = {}
     prefixes = ("model.diffusion_model.", "text_encoders.qwen25_7b.transformer.", "vae.")
-    from safetensors.torch import load_file
-
     for path, prefix in zip((denoiser, text, vae), prefixes, strict=True):
         whole |= {prefix + key: tensor for key, tensor in load_file(path).items()}
     save_file(whole, tmp_path / "all.safetensors")
@@ -595,7 +585,7 @@ def test_a_file_of_2511_is_not_run_as_another_without_a_word(edit, tmp_path):
 
 def test_another_kind_of_family_is_not_tried(plain, tmp_path):
     denoiser, _, vae = split_files(plain, tmp_path)
-    folder = save_folder(plain, tmp_path / "folder")
+    folder = save_folder(plain, tmp_path / "folder", "QwenImagePipeline")
     for path in (denoiser, folder):
         with pytest.raises(
             ModelFileError, match=r"is a Qwen-Image model, and its family is set to sdxl: set that to auto"
@@ -614,6 +604,9 @@ def test_parts_of_other_families_are_refused_by_name(plain, tmp_path):
         load_model(denoiser, HOST, text_encoders=[text], vae=flux_vae)
     with pytest.raises(ModelFileError, match="is a T5 text encoder of width 32, which Qwen-Image does not read"):
         load_model(denoiser, HOST, text_encoders=[t5], vae=vae)
+    save_file({"scaled_fp8": torch.zeros(1), **load_file(text)}, scaled := tmp_path / "scaled.safetensors")
+    with pytest.raises(ModelFileError, match=r"is a text encoder with quantised weights, .* choose it in bf16 or fp16"):
+        load_model(denoiser, HOST, text_encoders=[scaled], vae=vae)
     with pytest.raises(ModelFileError, match="holds a transformer but no text encoder"):
         load_model(denoiser, HOST, vae=vae)
 
