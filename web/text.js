@@ -1,6 +1,7 @@
 // Shows what a node of this pack has to say after a run: notices, figures, where a file went.
 // ComfyUI itself draws text for its own nodes only. The text is a view: it is neither saved nor sent.
 
+import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 const NAME = "mend_text";
@@ -40,6 +41,23 @@ function show(node, text) {
     node.graph?.setDirtyCanvas(true, true);
   }
 }
+
+// "12", or "5:12" of a node in a subgraph
+function nodeAt(path) {
+  let graph = app.rootGraph ?? app.graph;
+  let node;
+  for (const id of String(path).split(":")) {
+    node = graph?.getNodeById(id);
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+// a node that runs again may have nothing to say, and then says nothing of it
+api.addEventListener("executing", ({ detail }) => {
+  const node = detail && nodeAt(detail);
+  if (node?.comfyClass?.startsWith("Mend")) show(node, "");
+});
 
 app.registerExtension({
   name: "Mend.Text",
