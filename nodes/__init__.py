@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import adapters, color, compare, crop, fill, inpaint, load, mask, outpaint, safety, wrap
+from . import adapters, color, compare, crop, edit, fill, inpaint, load, mask, outpaint, safety, wrap
 
 
 class MendExtension(ComfyExtension):
@@ -15,6 +15,7 @@ class MendExtension(ComfyExtension):
             *load.NODES,
             *adapters.NODES,
             *wrap.NODES,
+            *edit.NODES,
             *mask.NODES,
             *outpaint.NODES,
             *fill.NODES,

@@ -11,7 +11,8 @@ import copy
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import comfy.model_management as mm
@@ -31,6 +32,8 @@ from ..engine.models.protocol import (
     Posterior,
     PromptSyntax,
 )
+from ..engine.models.qwen_image import CLOSE_LOOK, GLANCE
+from ..engine.models.qwen_text import CHANGE, PICTURE, Chat, Picture
 from ..engine.schedulers import Level, Prediction
 from ..engine.types import InputError, ModelFileError, Size
 from .comfy_host import ComfyHost, MendModel
@@ -52,6 +55,17 @@ CLEAN = 1e-3
 """Share of the first noise level below which the last is none."""
 TIME_AXIS = 2
 """Where latents for a video have their frames; image models on video autoencoders have one frame."""
+
+
+class Shown(str, Enum):
+    """What a model that edits pictures is shown of the canvas, beside the latents that it paints on."""
+
+    LATENTS = "latents"
+    """Its clean latents: FLUX Kontext, FLUX.2."""
+    QWEN_IMAGE_EDIT = "qwen-image-edit"
+    """Also the picture, to the text encoder."""
+    QWEN_IMAGE_EDIT_2509 = "qwen-image-edit-2509"
+    """That at a small size and with other words: 2509 and later."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +98,19 @@ class NativeModel:
         native_size: int = 0,
         positive: Cond | None = None,
         negative: Cond | None = None,
+        shown: Shown | None = None,
     ) -> None:
-        """``positive`` and ``negative`` CONDITIONING take the place of prompts; ``native_size`` of 0 is the family's.
+        """``positive`` and ``negative`` CONDITIONING take the place of prompts; ``native_size`` of 0 is the family's;
+        ``shown`` is for models that edit.
 
         Raises ModelFileError for a kind of model that cannot be used and for a VAE of another kind of latents.
         """
         self.patcher, self.vae, self.clip = patcher, vae, clip
         self._positive, self._negative = positive, negative
         self._guider: Any = None
-        self.facts = _facts(patcher, vae, native_size, lambda: self._guider, positive is None)
+        self._shown = shown
+        facts = _facts(patcher, vae, native_size, lambda: self._guider, positive is None)
+        self.facts = replace(facts, reads_picture=shown is not None)
         self._frames = patcher.model.latent_format.latent_dimensions == 3
 
     def conditioned(self, positive: Cond | None, negative: Cond | None) -> NativeModel:
@@ -104,6 +122,29 @@ class NativeModel:
             native_size=self.facts.native_size,
             positive=positive,
             negative=negative,
+            shown=self._shown,
+        )
+
+    def editing(self, shown: Shown) -> NativeModel:
+        """The same model, shown the canvas. Raises InputError for a model that cannot look, and a CLIP that cannot."""
+        if self.facts.prediction_type != Prediction.FLOW:
+            raise InputError(
+                f"{self.facts.name} does not edit pictures it is shown, as FLUX Kontext, FLUX.2 and Qwen-Image-Edit do:"
+                " connect Wrap Model (Mend) straight to Inpaint (Mend)."
+            )
+        if shown is not Shown.LATENTS and self.clip is not None and not _sees(self.clip):
+            raise InputError(
+                f"{shown.value} shows the picture to the text encoder, and the CLIP ({_text_encoder_name(self.clip)})"
+                " cannot see: load Qwen2.5-VL with Load CLIP of type qwen_image."
+            )
+        return NativeModel(
+            self.patcher,
+            self.vae,
+            self.clip,
+            native_size=self.facts.native_size,
+            positive=self._positive,
+            negative=self._negative,
+            shown=shown,
         )
 
     # -- prompts and pictures
@@ -118,16 +159,33 @@ class NativeModel:
         given = [self._positive] if len(prompts) == 1 else [self._negative, self._positive]
         if syntax is PromptSyntax.PLAIN:
             prompts = [prompt and re.sub(r"([()])", r"\\\1", prompt) for prompt in prompts]
-        return [self._encode(text) if cond is None else cond for text, cond in zip(prompts, given, strict=True)]
+        conds = [
+            self._encode(text, pictures) if cond is None else cond for text, cond in zip(prompts, given, strict=True)
+        ]
+        if self._shown is None:
+            return conds
+        assert pictures is not None
+        latents = self.vae.encode((pictures[:1].permute(0, 2, 3, 1) + 1) / 2)
+        # conditioning from elsewhere may have pictures of its own
+        return [with_values(cond, keep=True, reference_latents=[latents]) for cond in conds]
 
-    def _encode(self, text: str | None) -> Cond:
+    def _encode(self, text: str | None, pictures: Tensor | None) -> Cond:
         if self.clip is None:
             raise InputError(
                 "A prompt is to be read and there is no CLIP: connect one to Wrap Model (Mend), or conditioning to both"
                 " positive and negative."
             )
-        cond: Cond = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text or ""))
+        cond: Cond = self.clip.encode_from_tokens_scheduled(self._tokens(text or "", pictures))
         return _zeroed(cond) if text is None else cond
+
+    def _tokens(self, text: str, pictures: Tensor | None) -> Any:
+        if self._shown in (None, Shown.LATENTS):
+            return self.clip.tokenize(text)
+        assert pictures is not None
+        later = self._shown is Shown.QWEN_IMAGE_EDIT_2509
+        seen = (GLANCE if later else CLOSE_LOOK).at(Picture.of(pictures[0]))
+        chat = Chat(CHANGE, f"Picture 1: {PICTURE}" if later else PICTURE)
+        return self.clip.tokenize(text, images=[seen.pixels], llama_template=chat.around("{}"))
 
     def encode_image(self, pixels: Tensor) -> Posterior:
         """See InpaintModel. ComfyUI's VAE gives the mean alone, so a sample of the posterior is its mean."""
@@ -151,7 +209,10 @@ class NativeModel:
     # -- sampling
 
     def rows_at_once(self, canvas: Size) -> int:
-        """How many pictures of a size fit in memory together, both branches of the guidance included."""
+        """How many pictures of a size fit in memory together, both branches of the guidance included; one where each
+        has conditioning of its own."""
+        if self._shown is not None:
+            return 1
         cells = (canvas.height // self.facts.downscale, canvas.width // self.facts.downscale)
         shape = self._with_time(torch.empty(2, self.facts.latent_channels, *cells, device="meta")).shape
         memory = mm.get_total_memory(self.patcher.load_device) * 0.9 - self.patcher.model_size()
@@ -206,6 +267,15 @@ class NativeModel:
         if self.facts.embedded_guidance:
             cond = with_values(cond, keep=True, guidance=guidance_scale)
         return cond
+
+
+def _sees(clip: Any) -> bool:
+    """Whether a CLIP is Qwen2.5-VL, as Qwen-Image's loaders set it up."""
+    return hasattr(clip.tokenizer, "llama_template_images")
+
+
+def _text_encoder_name(clip: Any) -> str:
+    return type(clip.cond_stage_model).__name__
 
 
 def _zeroed(cond: Cond) -> Cond:

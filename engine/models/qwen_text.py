@@ -209,6 +209,11 @@ class Picture(NamedTuple):
         return cls(image.width, image.height, image.tobytes())
 
     @property
+    def pixels(self) -> Tensor:
+        """[1, H, W, 3] in 0..1."""
+        return torch.from_numpy(np.array(self.image, dtype=np.float32) / 255)[None]
+
+    @property
     def image(self) -> Image.Image:
         return Image.frombytes("RGB", (self.width, self.height), self.data)
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -29,15 +30,24 @@ from comfy.supported_models_base import ClipTarget  # noqa: E402
 from comfy.text_encoders import qwen_image as comfy_qwen  # noqa: E402
 from comfy.text_encoders import qwen_vl  # noqa: E402
 from comfyui_mend.engine.host import Role  # noqa: E402
+from comfyui_mend.engine.inpaint import inpaint  # noqa: E402
 from comfyui_mend.engine.models import qwen_image, qwen_text, wan_vae  # noqa: E402
 from comfyui_mend.engine.models.modules import assemble  # noqa: E402
 from comfyui_mend.engine.models.protocol import PromptSyntax  # noqa: E402
-from comfyui_mend.engine.models.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT  # noqa: E402
+from comfyui_mend.engine.models.qwen_image import (  # noqa: E402
+    QWEN_IMAGE,
+    QWEN_IMAGE_EDIT,
+    Glance,
+    QwenImageEditModel,
+)
+from comfyui_mend.engine.types import Crop, InpaintRequest, InputError  # noqa: E402
+from comfyui_mend.nodes import native as native_module  # noqa: E402
 from comfyui_mend.nodes.comfy_host import ComfyHost  # noqa: E402
+from comfyui_mend.nodes.native import NativeModel, Shown  # noqa: E402
 from inside_native_families import FLOW_OPTIONS, HOST, Borrowed, run_both  # noqa: E402
 from native_tiny import native_qwen  # noqa: E402
 from tiny import photo_and_mask  # noqa: E402
-from tiny_qwen import make_qwen_model, tiny_qwen_image, tiny_qwen_image_edit  # noqa: E402
+from tiny_qwen import make_qwen_model, tiny_qwen_image, tiny_qwen_image_edit, tiny_transformer  # noqa: E402
 from tiny_qwen_files import comfy_names, published_language_model  # noqa: E402
 
 FOLDER = Path(tempfile.mkdtemp())
@@ -52,6 +62,9 @@ LANGUAGE = {
 EYES = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_layers": 8}
 # the last of these layers looks at all of the picture, as there
 SIGHT = {"depth": 8, "window_size": 112, "fullatt_block_indexes": [7]}
+# whole tokens of the vision tower at both sizes, which ComfyUI resizes to with another filter, and an even number of
+# the network's: ComfyUI puts an odd one's middle elsewhere
+SIDE, SMALL_GLANCE = 224, Glance(448, enlarges=True)
 PROMPTS = ["", " ", "a red cat\non the mat", "a (red:1.3) cat, [blue] {sky}", r"a \(red\) cat", "émigré 猫 🐈 " * 60]
 
 
@@ -163,7 +176,8 @@ def prompts() -> dict[str, Any]:
     return {"prompts": rows, "pictures": seen, "counted through": counted, "heads": heads}
 
 
-def autoencoder() -> dict[str, float]:
+def wan() -> tuple[Any, Any]:
+    """ComfyUI's network and diffusers' module with its weights."""
     torch.manual_seed(5)
     theirs = comfy.ldm.wan.vae.WanVAE(8, 16, temperal_downsample=[False, True, True]).eval()
     for name, parameter in theirs.named_parameters():
@@ -177,7 +191,11 @@ def autoencoder() -> dict[str, float]:
         "temperal_downsample": [False, True, True],
     }
     state = wan_vae.read_wan_vae(theirs.state_dict(), config)
-    ours = assemble(lambda: wan_vae.build_wan_vae(config), state, torch.float32, "tiny")
+    return theirs, assemble(lambda: wan_vae.build_wan_vae(config), state, torch.float32, "tiny")
+
+
+def autoencoder() -> dict[str, float]:
+    theirs, ours = wan()
     image, _ = photo_and_mask(104, 88)
     pixels = image.permute(0, 3, 1, 2) * 2 - 1
     latents = torch.randn(1, 16, 11, 13)
@@ -187,6 +205,64 @@ def autoencoder() -> dict[str, float]:
     }
 
 
+# --- all of an editing model
+
+
+def edited() -> dict[str, Any]:
+    """Edit Model (Mend) on ComfyUI's own MODEL, CLIP and VAE against the engine's editing models."""
+    torch.manual_seed(4)
+    transformer = tiny_transformer(width=LANGUAGE["hidden_size"])
+    text_encoder, (theirs, ours) = language_model(), wan()
+    clip, vae = comfy_clip(text_encoder), comfy.sd.VAE(sd=theirs.state_dict())
+    wrapped = NativeModel(native_qwen(transformer), vae, clip, native_size=SIDE)
+    image, mask = photo_and_mask(SIDE, SIDE)
+    request = InpaintRequest(
+        image=image,
+        mask=mask,
+        prompt="a red cat",
+        scheduler="K_EULER",
+        steps=3,
+        guidance_scale=1.0,
+        seed=5,
+        crop=Crop.OFF,
+        count=2,
+    )
+    plain, latents = (inpaint(request, model, HOST).images for model in (wrapped, wrapped.editing(Shown.LATENTS)))
+    rows: dict[str, Any] = {"latents alone": relative(plain, latents)}
+    for shown, chat, glance in (
+        (Shown.QWEN_IMAGE_EDIT, qwen_text.Chat(qwen_text.CHANGE, qwen_text.PICTURE), qwen_image.CLOSE_LOOK),
+        (
+            Shown.QWEN_IMAGE_EDIT_2509,
+            qwen_text.Chat(qwen_text.CHANGE, f"Picture 1: {qwen_text.PICTURE}"),
+            SMALL_GLANCE,
+        ),
+    ):
+        native = wrapped.editing(shown)
+        facts = replace(native.facts, name="engine")
+        model = QwenImageEditModel(
+            facts,
+            reader=reader(text_encoder, qwen_text.VISION_LANGUAGE_MODEL, chat),
+            denoiser=HOST.manage(transformer, Role.DENOISER),
+            vae=HOST.manage(ours, Role.VAE),
+            host=HOST,
+            glance=glance,
+        )
+        with mock.patch.object(native_module, "GLANCE", SMALL_GLANCE):
+            found = inpaint(request, native, HOST).images
+        outside = mask[0] == 0
+        rows[shown.value] = {
+            "engine": relative(inpaint(request, model, HOST).images, found),
+            "latents": relative(latents, found),
+            "outside": float((found - image)[:, outside].abs().max()),
+        }
+    blind = SimpleNamespace(tokenizer=object(), cond_stage_model=clip.cond_stage_model)
+    try:
+        NativeModel(native_qwen(transformer), vae, blind).editing(Shown.QWEN_IMAGE_EDIT)
+    except InputError as error:
+        rows["refused"] = str(error)
+    return rows
+
+
 if __name__ == "__main__":
     with torch.no_grad():
-        inside.answer({**networks(), **prompts(), "autoencoder": autoencoder()})
+        inside.answer({**networks(), **prompts(), "autoencoder": autoencoder(), "edited": edited()})

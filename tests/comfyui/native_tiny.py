@@ -205,8 +205,10 @@ def native_qwen(module: Any = None) -> Any:
         "axes_dims_rope": (4, 6, 6),
         "dtype": torch.float32,
     }
-    if module is not None and module.config.zero_cond_t:
-        config["default_ref_method"] = "index_timestep_zero"
+    if module is not None:
+        config["joint_attention_dim"] = module.config.joint_attention_dim
+        if module.config.zero_cond_t:
+            config["default_ref_method"] = "index_timestep_zero"
     settings = comfy.supported_models.QwenImage(dict(config))
     settings.unet_config = config
     settings.set_inference_dtype(torch.float32, None)

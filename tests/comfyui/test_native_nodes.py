@@ -214,6 +214,22 @@ def test_a_prompt_without_a_clip_is_refused(client):
     assert "connect one to Wrap Model" in run.error["exception_message"]
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (["wrapped", 0], "SD15 does not edit pictures it is shown"),
+        (["shapes", 0], "Edit Model (Mend) is for models of Wrap Model (Mend)"),
+    ],
+)
+def test_a_model_that_edits_nothing_is_refused(client, model, words):
+    graph = {**loaded(), **painted(), "shapes": node("MendLoadModel", model="mend-shapes")}
+    graph["edit"] = node("MendEditModel", model=model, shown="latents")
+    graph["paint"]["inputs"]["model"] = ["edit", 0]
+    run = client.run(graph)
+    assert run.status == "error"
+    assert words in run.error["exception_message"]
+
+
 def test_conditioning_is_refused_by_a_model_that_cannot_follow_it(client):
     graph = {
         **loaded(),

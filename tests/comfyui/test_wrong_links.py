@@ -30,6 +30,7 @@ SAMPLER = {"model": "x", "scheduler": "DDIM", "steps": 3, "strength": 1.0}
     ("node", "inputs", "wires"),
     [
         ("MendWrapModel", {"model": "x", "vae": "x"}, ("model",)),
+        ("MendEditModel", {"model": "x", "shown": "latents"}, ("model",)),
         ("MendSampler", SAMPLER, ("model",)),
         ("MendInpaintConditioning", LATENTS, ("positive",)),
         ("MendControlHint", {"image": IMAGE, "mask": MASK}, ("image", "mask")),
