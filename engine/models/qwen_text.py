@@ -53,6 +53,8 @@ MERGED = 2
 """Patches along a picture token's side."""
 FRAMES = 2
 """A still is shown to the vision tower as so many equal ones."""
+VISION_BASE = 10000.0
+"""Of its frequencies."""
 LEAST_PIXELS, MOST_PIXELS = 56 * 56, 12_845_056
 """Of a picture as the vision tower is shown it."""
 PICTURE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -76,6 +78,7 @@ def build_language_model(config: Config) -> nn.Module:
 
 
 def build_vision_language_model(config: Config) -> nn.Module:
+    """All of Qwen2.5-VL but its last layer, which would make words."""
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
     full = _full_config(config)
@@ -97,25 +100,27 @@ def _full_config(config: Config) -> Any:
 
 def _make_frequencies(module: nn.Module, config: Any) -> None:
     """The rotary embeddings' frequencies, which files do not hold, also where a module is made without values."""
-    with torch.device("cpu"):
-        for name, inner in module.named_modules():
-            if "inv_freq" not in inner._buffers:
-                continue
-            if name.startswith("visual."):
-                heads = config.vision_config
-                base, width = 10000.0, heads.hidden_size // heads.num_heads // 2
-            else:
-                text = config.text_config
-                rope = getattr(text, "rope_parameters", None) or {}
-                base = rope.get("rope_theta") or text.rope_theta
-                width = text.hidden_size // text.num_attention_heads
-            frequencies = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
-            inner._buffers["inv_freq"] = frequencies
-            # a second one, in some versions of transformers a buffer, for lengths that change the frequencies
-            if "original_inv_freq" in inner._buffers:
-                inner._buffers["original_inv_freq"] = frequencies.clone()
-            else:
-                inner.original_inv_freq = frequencies
+    for name, inner in module.named_modules():
+        if "inv_freq" not in inner._buffers:
+            continue
+        if name.startswith("visual."):
+            head = config.vision_config.hidden_size // config.vision_config.num_heads
+            # rows and columns share a head
+            frequencies = _frequencies(VISION_BASE, head // 2)
+        else:
+            text = config.text_config
+            base = (getattr(text, "rope_parameters", None) or {}).get("rope_theta") or text.rope_theta
+            frequencies = _frequencies(base, text.hidden_size // text.num_attention_heads)
+        inner._buffers["inv_freq"] = frequencies
+        # a second one, in some versions of transformers a buffer, for lengths that change the frequencies
+        if "original_inv_freq" in inner._buffers:
+            inner._buffers["original_inv_freq"] = frequencies.clone()
+        else:
+            inner.original_inv_freq = frequencies
+
+
+def _frequencies(base: float, width: int) -> Tensor:
+    return 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
 
 
 def read_language_model(state: State, config: Config) -> dict[str, Tensor]:
@@ -132,7 +137,7 @@ def read_vision_language_model(state: State, config: Config) -> dict[str, Tensor
     result = {}
     for key, tensor in state.items():
         key = key.removeprefix("model.")
-        if key.startswith("lm_head.") or key in ("scaled_fp8", "logit_scale"):
+        if key.startswith("lm_head."):
             continue
         if not key.startswith(("visual.", "language_model.")):
             key = f"language_model.{key}"
