@@ -195,22 +195,45 @@ def test_the_lora_that_is_switched_off_changes_the_picture_when_it_is_on(client)
 
 
 @pytest.mark.parametrize(
-    ("kind", "change"),
+    ("name", "kind", "change"),
     [
-        ("MendInpaint", {"prompt": "a lighthouse"}),
-        ("MendInpaint", {"guidance_scale": 1.0}),
-        ("ModelSamplingAuraFlow", {"shift": 1.0}),
-        ("CFGNorm", {"strength": 0.0}),
+        ("qwen-image", "MendInpaint", {"prompt": "a lighthouse"}),
+        ("qwen-image", "MendInpaint", {"guidance_scale": 1.0}),
+        ("qwen-image", "ModelSamplingAuraFlow", {"shift": 1.0}),
+        ("qwen-image", "CFGNorm", {"strength": 0.0}),
+        ("edit-under-mask", "MendInpaint", {"prompt": "replace the cup with a vase"}),
+        ("edit-under-mask", "MendInpaint", {"guidance_scale": 4.0}),
+        ("edit-under-mask", "ModelSamplingAuraFlow", {"shift": 1.0}),
+        ("edit-under-mask", "MendEditModel", {"shown": "latents"}),
+        ("edit-under-mask", "MendEditModel", {"shown": "qwen-image-edit"}),
     ],
-    ids=["prompt", "guidance", "shift", "norm"],
 )
-def test_every_setting_of_qwen_image_reaches_the_picture(client, kind, change):
+def test_every_setting_of_qwen_image_reaches_the_picture(client, name, kind, change):
     painted_photo(client)
-    workflow = with_tiny_models(workflow_of(client, "qwen-image"))
+    workflow = with_tiny_models(workflow_of(client, name))
     before, _ = picture(client, workflow)
     workflow[node_of(workflow, kind)]["inputs"] |= change
     after, _ = picture(client, workflow)
     assert (before != after).any()
+
+
+def test_an_editing_model_sees_what_is_under_the_mask(client):
+    """Without Edit Model nearly nothing of it is left at full strength: what the edges of the mask let through."""
+    pixels, hole = painted_photo(client)
+    under = ndimage.binary_erosion(hole > 0, iterations=10)
+    recoloured = np.where(under[..., None], np.array([10, 200, 30], np.uint8), pixels)
+    shown = with_tiny_models(workflow_of(client, "edit-under-mask"), grow=4, feather=4)
+    unseen = {key: {**node, "inputs": dict(node["inputs"])} for key, node in shown.items()}
+    edit = unseen.pop(node_of(unseen, "MendEditModel"))
+    unseen[node_of(unseen, "MendInpaint")]["inputs"]["model"] = edit["inputs"]["model"]
+    change = []
+    for workflow in (shown, unseen):
+        painted = []
+        for photo in (pixels, recoloured):
+            upload(client, photo, hole)
+            painted.append(picture(client, workflow)[0].astype(int))
+        change.append(np.abs(painted[1] - painted[0])[under].mean())
+    assert change[0] > 1 and change[0] > 5 * change[1]
 
 
 # ------------------------------------------------------------------------------------------------------- edit models

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from native_tiny import CPU, native_flux, native_qwen, native_sd, native_sd3, native_sdxl, sd_unet_config
 from tiny import tiny_pipeline
 from tiny_flow import tiny_flux, tiny_sd3
+from tiny_qwen import tiny_transformer
 from tiny_sdxl import tiny_sdxl
 from torch import Tensor, nn
 
@@ -195,6 +196,12 @@ def qwen_clip() -> Any:
         return clip(qwen_image.QwenImageTokenizer, qwen_image.te(), qwen25_7b_model_config=QWEN)
 
 
+def qwen_edit() -> Any:
+    """Of the kind of 2511, whose reference pictures have no noise level."""
+    torch.manual_seed(0)
+    return native_qwen(tiny_transformer(QWEN["hidden_size"], zero_cond_t=True))
+
+
 def qwen_autoencoder() -> Any:
     """Of Wan, for videos: latents have an axis for frames."""
     network = comfy.ldm.wan.vae.WanVAE(WAN_WIDTH, 16, temperal_downsample=[False, True, True])
@@ -268,6 +275,7 @@ MODELS = {
     "z_image_turbo_bf16.safetensors": z_image,
     "qwen_image_fp8_e4m3fn.safetensors": native_qwen,
     "qwen_image_edit_2509_fp8_e4m3fn.safetensors": edit_model,
+    "qwen_image_edit_2511_fp8mixed.safetensors": qwen_edit,
 }
 CLIPS = {"flux": flux_clip, "lumina2": z_image_clip, "qwen_image": qwen_clip}
 VAES = {
