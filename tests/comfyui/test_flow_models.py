@@ -15,6 +15,7 @@ from comfyui_mend.engine.models.lora import Lora
 from comfyui_mend.engine.types import Crop, InpaintRequest
 from PIL import Image
 from safetensors.torch import save_file
+from test_adapter_nodes import picture
 from tiny import photo_and_mask
 from tiny_qwen import tiny_qwen_image, tiny_qwen_image_edit
 from tiny_qwen_files import save_folder, save_split, with_published_vocabulary
@@ -134,13 +135,6 @@ def graph(loaded, last="model", steps=STEPS, **more):
         "show": node("PreviewImage", images=["paint", 0]),
         **more,
     }  # fmt: skip
-
-
-def picture(client, prompt):
-    run = client.run(prompt)
-    assert run.status == "success", run.error
-    (reference,) = run.outputs["show"]["images"]
-    return np.asarray(Image.open(io.BytesIO(client.image(reference))).convert("RGB")), run
 
 
 def by_the_engine(path, photo, **options):
