@@ -81,7 +81,7 @@ def compare(clip, model, prompts):
 def zeros(clip):
     """What stands for no prompt, as ConditioningZeroOut makes it."""
     native = NativeModel.__new__(NativeModel)
-    native.clip, native._positive, native._negative = clip, None, None
+    native.clip, native._positive, native._negative, native._shown = clip, None, None, None
     (found, _) = native.encode_prompt([None, "a cat"], PromptSyntax.COMFY)
     (expected,) = nodes.ConditioningZeroOut().zero_out(nodes.CLIPTextEncode().encode(clip, "")[0])
     (mine, more), (theirs, other) = found[0], expected[0]
