@@ -26,7 +26,7 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor, nn
 
 from ..engine.host import Role, SilentProgress, TerminalProgress
-from ..engine.models import qwen_text, t5
+from ..engine.models.families import TOKENIZER_FOLDERS
 from ..engine.models.protocol import InpaintModel
 
 SWAPPED_LAYERS = (
@@ -263,8 +263,7 @@ class ComfyHost:
         mm.throw_exception_if_processing_interrupted()
 
     def model_folders(self, kind: str) -> Sequence[Path]:
-        if kind in (t5.TOKENIZER_FOLDERS, qwen_text.TOKENIZER_FOLDERS):
-            # ComfyUI brings T5's and Qwen2.5's, which files of FLUX and the like cannot hold
+        if kind in TOKENIZER_FOLDERS:
             return [Path(comfy.utils.__file__).parent / "text_encoders" / kind]
         if kind not in folder_paths.folder_names_and_paths:
             return []

@@ -32,8 +32,8 @@ from ..engine.models.protocol import (
     Posterior,
     PromptSyntax,
 )
-from ..engine.models.qwen_image import CLOSE_LOOK, GLANCE
-from ..engine.models.qwen_text import CHANGE, PICTURE, Chat, Picture
+from ..engine.models.qwen_image import EDIT_SIGHT, LATER_EDIT_SIGHT
+from ..engine.models.qwen_text import Picture
 from ..engine.schedulers import Level, Prediction
 from ..engine.types import InputError, ModelFileError, Size
 from .comfy_host import ComfyHost, MendModel
@@ -66,6 +66,10 @@ class Shown(str, Enum):
     """Also the picture, to the text encoder."""
     QWEN_IMAGE_EDIT_2509 = "qwen-image-edit-2509"
     """That at a small size and with other words: 2509 and later."""
+
+
+SIGHTS = {Shown.QWEN_IMAGE_EDIT: EDIT_SIGHT, Shown.QWEN_IMAGE_EDIT_2509: LATER_EDIT_SIGHT}
+"""How the text encoder is shown the picture."""
 
 
 @dataclass(frozen=True)
@@ -115,15 +119,7 @@ class NativeModel:
 
     def conditioned(self, positive: Cond | None, negative: Cond | None) -> NativeModel:
         """The same model, with CONDITIONING in the place of a prompt."""
-        return NativeModel(
-            self.patcher,
-            self.vae,
-            self.clip,
-            native_size=self.facts.native_size,
-            positive=positive,
-            negative=negative,
-            shown=self._shown,
-        )
+        return self._changed(positive=positive, negative=negative)
 
     def editing(self, shown: Shown) -> NativeModel:
         """The same model, shown the canvas. Raises InputError for a model that cannot look, and a CLIP that cannot."""
@@ -132,20 +128,17 @@ class NativeModel:
                 f"{self.facts.name} does not edit pictures it is shown, as FLUX Kontext, FLUX.2 and Qwen-Image-Edit do:"
                 " connect Wrap Model (Mend) straight to Inpaint (Mend)."
             )
-        if shown is not Shown.LATENTS and self.clip is not None and not _sees(self.clip):
+        if shown in SIGHTS and self.clip is not None and not _sees(self.clip):
             raise InputError(
-                f"{shown.value} shows the picture to the text encoder, and the CLIP ({_text_encoder_name(self.clip)})"
+                f"{shown.value} shows the picture to the text encoder, and the CLIP"
+                f" ({type(self.clip.cond_stage_model).__name__})"
                 " cannot see: load Qwen2.5-VL with Load CLIP of type qwen_image."
             )
-        return NativeModel(
-            self.patcher,
-            self.vae,
-            self.clip,
-            native_size=self.facts.native_size,
-            positive=self._positive,
-            negative=self._negative,
-            shown=shown,
-        )
+        return self._changed(shown=shown)
+
+    def _changed(self, **changes: Any) -> NativeModel:
+        options = {"positive": self._positive, "negative": self._negative, "shown": self._shown, **changes}
+        return NativeModel(self.patcher, self.vae, self.clip, native_size=self.facts.native_size, **options)
 
     # -- prompts and pictures
 
@@ -179,13 +172,12 @@ class NativeModel:
         return _zeroed(cond) if text is None else cond
 
     def _tokens(self, text: str, pictures: Tensor | None) -> Any:
-        if self._shown in (None, Shown.LATENTS):
+        sight = None if self._shown is None else SIGHTS.get(self._shown)
+        if sight is None:
             return self.clip.tokenize(text)
         assert pictures is not None
-        later = self._shown is Shown.QWEN_IMAGE_EDIT_2509
-        seen = (GLANCE if later else CLOSE_LOOK).at(Picture.of(pictures[0]))
-        chat = Chat(CHANGE, f"Picture 1: {PICTURE}" if later else PICTURE)
-        return self.clip.tokenize(text, images=[seen.pixels], llama_template=chat.around("{}"))
+        seen = sight.glance.at(Picture.of(pictures[0]))
+        return self.clip.tokenize(text, images=[seen.pixels], llama_template=sight.chat.around("{}"))
 
     def encode_image(self, pixels: Tensor) -> Posterior:
         """See InpaintModel. ComfyUI's VAE gives the mean alone, so a sample of the posterior is its mean."""
@@ -272,10 +264,6 @@ class NativeModel:
 def _sees(clip: Any) -> bool:
     """Whether a CLIP is Qwen2.5-VL, as Qwen-Image's loaders set it up."""
     return hasattr(clip.tokenizer, "llama_template_images")
-
-
-def _text_encoder_name(clip: Any) -> str:
-    return type(clip.cond_stage_model).__name__
 
 
 def _zeroed(cond: Cond) -> Cond:

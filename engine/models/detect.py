@@ -559,9 +559,8 @@ def _configured_qwen_image(config: Mapping[str, Any], pipeline: str) -> Denoiser
     """The editing models are told by the pipeline of the folder."""
     if config.get("use_layer3d_rope") or config.get("use_additional_t_cond"):
         return Denoiser("qwen-image", "a Qwen-Image-Layered model", "layered", native=True)
-    variant = "still" if config.get("zero_cond_t") else ""
-    if variant:
-        return Denoiser("qwen-image-edit-2511", "a Qwen-Image-Edit model", variant, native=True)
+    if config.get("zero_cond_t"):
+        return Denoiser("qwen-image-edit-2511", "a Qwen-Image-Edit model", "still", native=True)
     if pipeline.startswith("QwenImageEditPlus"):
         return Denoiser("qwen-image-edit-2509", "a Qwen-Image-Edit model", native=True)
     if pipeline.startswith("QwenImageEdit"):

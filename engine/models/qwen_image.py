@@ -64,9 +64,17 @@ class Glance:
         return Picture.from_image(picture.image.resize((width, height), Image.Resampling.LANCZOS))
 
 
-CLOSE_LOOK = Glance(NATIVE_SIZE, enlarges=False)
+@dataclass(frozen=True)
+class Sight:
+    """How an editing model's language model is told of a picture."""
+
+    chat: Chat
+    glance: Glance
+
+
+EDIT_SIGHT = Sight(Chat(CHANGE, PICTURE), Glance(NATIVE_SIZE, enlarges=False))
 """Of the first editing model, which was shown what it was to paint."""
-GLANCE = Glance(384, enlarges=True)
+LATER_EDIT_SIGHT = Sight(Chat(CHANGE, f"Picture 1: {PICTURE}"), Glance(384, enlarges=True))
 """Of those since."""
 
 
@@ -234,19 +242,22 @@ def make(components: Components) -> DiffusersModel:
 
 
 def make_edit(components: Components) -> DiffusersModel:
-    parts = _parts(components, Chat(CHANGE, PICTURE))
-    return QwenImageEditModel(qwen_image_facts(components, reads_picture=True), glance=CLOSE_LOOK, **parts)
+    return _make_edit(components, EDIT_SIGHT)
 
 
 def make_later_edit(components: Components) -> DiffusersModel:
-    parts = _parts(components, Chat(CHANGE, f"Picture 1: {PICTURE}"))
-    model = QwenImageEditModel(qwen_image_facts(components, reads_picture=True), glance=GLANCE, **parts)
+    model = _make_edit(components, LATER_EDIT_SIGHT)
     if "2511" in components.name and not components.configs["transformer"].get("zero_cond_t"):
         model.notices = (
             f"{components.name} is used as Qwen-Image-Edit 2509, which takes the picture for as noisy as what it"
             f" paints; if it is of 2511, set its family to {QWEN_IMAGE_EDIT_2511.name}.",
         )
     return model
+
+
+def _make_edit(components: Components, sight: Sight) -> QwenImageEditModel:
+    facts = qwen_image_facts(components, reads_picture=True)
+    return QwenImageEditModel(facts, glance=sight.glance, **_parts(components, sight.chat))
 
 
 def _parts(components: Components, chat: Chat) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from comfyui_mend.engine.models import qwen_image, qwen_text, wan_vae  # noqa: E
 from comfyui_mend.engine.models.modules import assemble  # noqa: E402
 from comfyui_mend.engine.models.protocol import PromptSyntax  # noqa: E402
 from comfyui_mend.engine.models.qwen_image import (  # noqa: E402
+    LATER_EDIT_SIGHT,
     QWEN_IMAGE,
     QWEN_IMAGE_EDIT,
     Glance,
@@ -43,7 +44,7 @@ from comfyui_mend.engine.models.qwen_image import (  # noqa: E402
 from comfyui_mend.engine.types import Crop, InpaintRequest, InputError  # noqa: E402
 from comfyui_mend.nodes import native as native_module  # noqa: E402
 from comfyui_mend.nodes.comfy_host import ComfyHost  # noqa: E402
-from comfyui_mend.nodes.native import NativeModel, Shown  # noqa: E402
+from comfyui_mend.nodes.native import SIGHTS, NativeModel, Shown  # noqa: E402
 from inside_native_families import FLOW_OPTIONS, HOST, Borrowed, run_both  # noqa: E402
 from native_tiny import native_qwen  # noqa: E402
 from tiny import photo_and_mask  # noqa: E402
@@ -229,25 +230,19 @@ def edited() -> dict[str, Any]:
     )
     plain, latents = (inpaint(request, model, HOST).images for model in (wrapped, wrapped.editing(Shown.LATENTS)))
     rows: dict[str, Any] = {"latents alone": relative(plain, latents)}
-    for shown, chat, glance in (
-        (Shown.QWEN_IMAGE_EDIT, qwen_text.Chat(qwen_text.CHANGE, qwen_text.PICTURE), qwen_image.CLOSE_LOOK),
-        (
-            Shown.QWEN_IMAGE_EDIT_2509,
-            qwen_text.Chat(qwen_text.CHANGE, f"Picture 1: {qwen_text.PICTURE}"),
-            SMALL_GLANCE,
-        ),
-    ):
+    small = {**SIGHTS, Shown.QWEN_IMAGE_EDIT_2509: replace(LATER_EDIT_SIGHT, glance=SMALL_GLANCE)}
+    for shown, sight in small.items():
         native = wrapped.editing(shown)
         facts = replace(native.facts, name="engine")
         model = QwenImageEditModel(
             facts,
-            reader=reader(text_encoder, qwen_text.VISION_LANGUAGE_MODEL, chat),
+            reader=reader(text_encoder, qwen_text.VISION_LANGUAGE_MODEL, sight.chat),
             denoiser=HOST.manage(transformer, Role.DENOISER),
             vae=HOST.manage(ours, Role.VAE),
             host=HOST,
-            glance=glance,
+            glance=sight.glance,
         )
-        with mock.patch.object(native_module, "GLANCE", SMALL_GLANCE):
+        with mock.patch.object(native_module, "SIGHTS", small):
             found = inpaint(request, native, HOST).images
         outside = mask[0] == 0
         rows[shown.value] = {

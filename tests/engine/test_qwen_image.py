@@ -297,7 +297,7 @@ def test_a_large_canvas_is_shown_no_larger_than_the_model_was_trained_with(edit)
     (embedding,) = make_qwen_model(QWEN_IMAGE_EDIT, edit).encode_prompt([PROMPT], PromptSyntax.COMFY, pictures)
     assert embedding.tokens.shape[1] < 1024 * 1024 / 28**2 + 100
     small = Picture.from_image(Image.new("RGB", (WIDTH, HEIGHT)))
-    assert qwen_image.CLOSE_LOOK.at(small) is small
+    assert qwen_image.EDIT_SIGHT.glance.at(small) is small
 
 
 def test_no_negative_prompt_at_all_is_zeros(edit):
@@ -548,7 +548,7 @@ def test_editing_models_of_one_file_are_named_or_marked(edit, still, tmp_path):
     parts = {"text_encoders": [text], "vae": vae}
     model = load_model(denoiser, HOST, family="qwen-image-edit", **parts)
     assert model.facts.reads_picture
-    assert model.glance is qwen_image.CLOSE_LOOK
+    assert model.glance is qwen_image.EDIT_SIGHT.glance
     assert loads_the_same(edit, model, QWEN_IMAGE_EDIT)
     denoiser, text, vae = split_files(still, tmp_path / "late", marked=True)
     assert recognise(denoiser).family == "qwen-image-edit-2511"
